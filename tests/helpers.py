@@ -170,6 +170,24 @@ def differs(got: tuple[torch.Tensor, dict], want: tuple[torch.Tensor, dict], by:
     return relative_error(got[0], want[0]) > by or any(relative_error(got[1][n], want[1][n]) > by for n in want[1])
 
 
+def kept_for_backward(run) -> list[torch.Tensor]:
+    """Every tensor that a graph holds: those saved by autograd, and those on the contexts of its functions."""
+    held: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t) or t, lambda t: t):
+        nodes = [run().grad_fn]
+    for node in nodes:
+        nodes += [parent for parent, _ in node.next_functions if parent is not None and parent not in nodes]
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            held += _tensors(list(vars(node).values()))
+    return held
+
+
+def _tensors(value: object) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [t for item in value for t in _tensors(item)] if isinstance(value, (list, tuple)) else []
+
+
 def snapshot(model: nn.Module) -> dict:
     """Everything that a patch could leave behind: classes, attributes, hooks, weights bit for bit, keys."""
     modules = {

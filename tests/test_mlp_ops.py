@@ -1,7 +1,9 @@
 import pytest
 import torch
+from helpers import kept_for_backward
 from torch.autograd import gradcheck
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from sparselora_hf.ops.mlp import MlpWeights, StandIn, kept_mlp
 
@@ -119,11 +121,20 @@ def test_predict_is_what_kept_channels_give_up():
 @pytest.mark.parametrize("stood_in", [False, True], ids=["plain", "stand-in"])
 def test_saved_for_backward_is_kept_width(stood_in):
     x, weights, index = case((40, 24, 64, 5))
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        kept_mlp(x, weights, index, stand_in_of(weights) if stood_in else None)
-    assert sorted(tuple(t.shape) for t in saved) == [(5,), (40, 10)]
-    assert all(t.untyped_storage().nbytes() == t.numel() * t.element_size() for t in saved)
+    kept = kept_for_backward(lambda: kept_mlp(x, weights, index, stand_in_of(weights) if stood_in else None))
+    assert {tuple(t.shape) for t in kept} == {(5,), (40, 10)}
+    assert all(t.untyped_storage().nbytes() == t.numel() * t.element_size() for t in kept)
+
+
+@pytest.mark.parametrize("stood_in", [False, True], ids=["plain", "stand-in"])
+def test_recomputation_stops_before_the_last_product(stood_in, monkeypatch):
+    x, weights, index = case((40, 24, 64, 5))
+    products = []
+    gather_out = MlpWeights.gather_out
+    monkeypatch.setattr(MlpWeights, "gather_out", lambda *a: products.append(1) or gather_out(*a))
+    stand_in = stand_in_of(weights) if stood_in else None
+    checkpoint(kept_mlp, x, weights, index, stand_in, use_reentrant=False).sum().backward()
+    assert len(products) == 2  # forward and backward
 
 
 def test_no_gradient_where_none_is_asked():

@@ -1,7 +1,8 @@
 """Products with some rows or some columns of a frozen weight.
 
-What is saved for backward is the weight itself and the index, never the gathered slice: an index of 144 channels
-is a kilobyte, the slice of a 4096-wide weight more than a megabyte for each layer and micro-batch.
+What backward keeps is the weight itself and the index, never the gathered slice: an index of 144 channels is a
+kilobyte, the slice of a 4096-wide weight more than a megabyte for each layer and micro-batch. Neither is an activation,
+so they stay on the context: recomputation under checkpointing ends at the last saved tensor (see `rows.py`).
 """
 
 import torch
@@ -13,26 +14,26 @@ __all__ = ["compute_dtype", "gathered_columns", "gathered_rows"]
 class _GatheredRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, index):
-        ctx.save_for_backward(weight, index)
+        ctx.frozen = weight, index
         return x @ weight.index_select(0, index).to(x.dtype).t()  # [T, H] [H, K]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        weight, index = ctx.saved_tensors
+        weight, index = ctx.frozen
         return grad @ weight.index_select(0, index).to(grad.dtype), None, None
 
 
 class _GatheredColumns(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, index):
-        ctx.save_for_backward(weight, index)
+        ctx.frozen = weight, index
         return x @ weight.index_select(1, index).to(x.dtype).t()  # [T, K] [K, H]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        weight, index = ctx.saved_tensors
+        weight, index = ctx.frozen
         return grad @ weight.index_select(1, index).to(grad.dtype), None, None
 
 

@@ -3,7 +3,7 @@
 Without a stand-in ``y = (act(x G_Kᵀ) ⊙ (x U_Kᵀ)) D_Kᵀ`` with ``G_K``, ``U_K`` the kept rows of gate and up and
 ``D_K`` the kept columns of down. A stand-in ``h ≈ m + z Q`` with ``z = (x − μ) P`` makes the kept channels a
 correction, ``y = z R + c + (h_K − m_K − z Q_K) D_Kᵀ`` with ``R = Q Dᵀ`` and ``c = m Dᵀ``: full width never appears.
-Gate, up and ``P`` are one product, down and ``R`` another. Saved for backward: indices and activations at kept width.
+Gate, up and ``P`` are one product, down and ``R`` another. Saved for backward: the two products at kept width.
 """
 
 import dataclasses
@@ -90,23 +90,63 @@ def _channels(wide: torch.Tensor, keep: int, activation: Callable) -> torch.Tens
     return activation(wide[:, :keep]) * wide[:, keep : 2 * keep]
 
 
-class _KeptMlp(torch.autograd.Function):
+# Three functions rather than one: recomputation under checkpointing ends once `wide` is saved, before the last product.
+
+
+class _KeptIn(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weights, index, stand_in):
-        keep = len(index)
+        ctx.kept = weights, index, stand_in
         wide = x @ weights.gather_in(index, stand_in, x.dtype).t()  # [T, 2K + r]
         weights.add_biases(wide, index)
-        hidden = _channels(wide, keep, weights.activation)  # [T, K]
         if stand_in is not None:
-            wide[:, 2 * keep :] -= stand_in.shift.to(x.dtype)
-            z = wide[:, 2 * keep :]
+            wide[:, 2 * len(index) :] -= stand_in.shift.to(x.dtype)
+        return wide
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        weights, index, stand_in = ctx.kept
+        return grad @ weights.gather_in(index, stand_in, grad.dtype), None, None, None
+
+
+class _KeptActivation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, wide, activation, index, stand_in):
+        keep = len(index)
+        ctx.kept = activation, index, stand_in
+        ctx.save_for_backward(wide[:, : 2 * keep].contiguous())
+        hidden = _channels(wide, keep, activation)  # [T, K]
+        if stand_in is None:
+            return hidden
+        z = wide[:, 2 * keep :]
+        if stand_in.channels is not None:
+            hidden -= stand_in.mean.index_select(0, index).to(wide.dtype)
+            hidden -= z @ stand_in.channels.index_select(1, index).to(wide.dtype)
+        return torch.cat([hidden, z], 1)  # [T, K + r]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        activation, index, stand_in = ctx.kept
+        (wide,) = ctx.saved_tensors
+        keep = len(index)
+        grad_channels, grad_z = grad[:, :keep], grad[:, keep:]
+        with torch.enable_grad():
+            leaf = wide.detach().requires_grad_()
+            (grad_wide,) = torch.autograd.grad(_channels(leaf, keep, activation), leaf, grad_channels)
+        if stand_in is not None:
             if stand_in.channels is not None:
-                hidden -= stand_in.mean.index_select(0, index).to(x.dtype)
-                hidden -= z @ stand_in.channels.index_select(1, index).to(x.dtype)
-            hidden = torch.cat([hidden, z], 1)
-        ctx.save_for_backward(wide[:, : 2 * keep].contiguous(), index)
-        ctx.weights, ctx.stand_in = weights, stand_in
-        y = hidden @ weights.gather_out(index, stand_in, x.dtype)
+                grad_z = grad_z - grad_channels @ stand_in.channels.index_select(1, index).to(grad.dtype).t()
+            grad_wide = torch.cat([grad_wide, grad_z], 1)
+        return grad_wide, None, None, None
+
+
+class _KeptOut(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weights, index, stand_in):
+        ctx.kept = weights, index, stand_in
+        y = hidden @ weights.gather_out(index, stand_in, hidden.dtype)
         for constant in (weights.down_bias, None if stand_in is None else stand_in.constant):
             if constant is not None:
                 y += constant.to(y.dtype)
@@ -115,18 +155,8 @@ class _KeptMlp(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        wide, index = ctx.saved_tensors
-        weights, stand_in, keep = ctx.weights, ctx.stand_in, len(index)
-        grad_hidden = grad @ weights.gather_out(index, stand_in, grad.dtype).t()  # [T, K + r]
-        grad_channels, grad_z = grad_hidden[:, :keep], grad_hidden[:, keep:]
-        with torch.enable_grad():
-            leaf = wide.detach().requires_grad_()
-            (grad_wide,) = torch.autograd.grad(_channels(leaf, keep, weights.activation), leaf, grad_channels)
-        if stand_in is not None:
-            if stand_in.channels is not None:
-                grad_z = grad_z - grad_channels @ stand_in.channels.index_select(1, index).to(grad.dtype).t()
-            grad_wide = torch.cat([grad_wide, grad_z], 1)
-        return grad_wide @ weights.gather_in(index, stand_in, grad.dtype), None, None, None
+        weights, index, stand_in = ctx.kept
+        return grad @ weights.gather_out(index, stand_in, grad.dtype).t(), None, None, None
 
 
 def kept_mlp(
@@ -143,4 +173,6 @@ def kept_mlp(
     Returns:
         ``[T, H]``. Differentiable in ``x``.
     """
-    return _KeptMlp.apply(x.to(compute_dtype(x, weights.gate)), weights, index, stand_in)
+    wide = _KeptIn.apply(x.to(compute_dtype(x, weights.gate)), weights, index, stand_in)
+    hidden = _KeptActivation.apply(wide, weights.activation, index, stand_in)
+    return _KeptOut.apply(hidden, weights, index, stand_in)

@@ -1,6 +1,8 @@
-"""Rows and channels taken out of a token matrix and put back: four linear maps and their exact adjoints.
+"""Rows and channels taken out of a token matrix and put back: linear maps and their exact adjoints.
 
-Each gather here is a partial permutation, so its backward is a copy into place, never an accumulation.
+Each gather here is a partial permutation, so its backward is a copy into place, never an accumulation. Indices stay
+on the context and not among the saved tensors: recomputation under checkpointing stops at the last saved tensor, and
+an index saved behind the last product would make it run that product again for nothing.
 """
 
 import torch
@@ -17,14 +19,14 @@ def _blank(like: torch.Tensor, shape: tuple[int, ...], filled: int) -> torch.Ten
 class _SplitRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, first, second):
-        ctx.save_for_backward(first, second)
+        ctx.index = first, second
         ctx.rows = x.shape[0]
         return x.index_select(0, first), x.index_select(0, second)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_first, grad_second):
-        first, second = ctx.saved_tensors
+        first, second = ctx.index
         filled = len(first) + len(second)
         grad = _blank(grad_first, (ctx.rows, grad_first.shape[1]), filled)
         grad.index_copy_(0, first, grad_first)
@@ -35,7 +37,7 @@ class _SplitRows(torch.autograd.Function):
 class _JoinRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, first, second, first_rows, second_rows, rows):
-        ctx.save_for_backward(first_rows, second_rows)
+        ctx.index = first_rows, second_rows
         joined = _blank(first, (rows, first.shape[1]), len(first_rows) + len(second_rows))
         joined.index_copy_(0, first_rows, first)
         joined.index_copy_(0, second_rows, second)
@@ -44,63 +46,59 @@ class _JoinRows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        first_rows, second_rows = ctx.saved_tensors
+        first_rows, second_rows = ctx.index
         return grad.index_select(0, first_rows), grad.index_select(0, second_rows), None, None, None
 
 
 class _ForkRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, rows):
-        ctx.save_for_backward(rows)
+        ctx.rows = rows
         return x.view_as(x), x.index_select(0, rows)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, grad_rows):
-        (rows,) = ctx.saved_tensors
         # in place: the gradient of the whole comes fresh out of a product, nobody else holds it
-        return grad.index_add_(0, rows, grad_rows.to(grad.dtype)), None
+        return grad.index_add_(0, ctx.rows, grad_rows.to(grad.dtype)), None
 
 
 class _OverlayRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, base, patch, rows):
-        ctx.save_for_backward(rows)
+        ctx.rows = rows
         ctx.mark_dirty(base)
         return base.index_copy_(0, rows, patch)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        (rows,) = ctx.saved_tensors
-        return grad.index_fill(0, rows, 0), grad.index_select(0, rows), None
+        return grad.index_fill(0, ctx.rows, 0), grad.index_select(0, ctx.rows), None
 
 
 class _SelectChannels(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, index):
-        ctx.save_for_backward(index)
+        ctx.index = index
         ctx.width = x.shape[1]
         return x.index_select(1, index)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        (index,) = ctx.saved_tensors
-        return grad.new_zeros(grad.shape[0], ctx.width).index_copy_(1, index, grad), None
+        return grad.new_zeros(grad.shape[0], ctx.width).index_copy_(1, ctx.index, grad), None
 
 
 class _ScatterChannels(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, index, width):
-        ctx.save_for_backward(index)
+        ctx.index = index
         return x.new_zeros(x.shape[0], width).index_copy_(1, index, x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        (index,) = ctx.saved_tensors
-        return grad.index_select(1, index), None, None
+        return grad.index_select(1, ctx.index), None, None
 
 
 def split_rows(x: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
