@@ -1,8 +1,8 @@
 """Products with some rows or some columns of a frozen weight.
 
 What backward keeps is the weight itself and the index, never the gathered slice: an index of 144 channels is a
-kilobyte, the slice of a 4096-wide weight more than a megabyte for each layer and micro-batch. Neither is an activation,
-so they stay on the context: recomputation under checkpointing ends at the last saved tensor (see `rows.py`).
+kilobyte, the slice of a 4096-wide weight more than a megabyte for each layer and micro-batch. Neither is an
+activation, so they stay on the context: recomputation under checkpointing ends at the last saved tensor (`rows.py`).
 """
 
 import torch

@@ -90,7 +90,7 @@ def _channels(wide: torch.Tensor, keep: int, activation: Callable) -> torch.Tens
     return activation(wide[:, :keep]) * wide[:, keep : 2 * keep]
 
 
-# Three functions rather than one: recomputation under checkpointing ends once `wide` is saved, before the last product.
+# Three functions, not one: recomputation under checkpointing ends once `wide` is saved, before the last product.
 
 
 class _KeptIn(torch.autograd.Function):
