@@ -57,25 +57,57 @@ class TokenPlan:
         """
         if labels.dim() != 2:
             raise ValueError(f"labels must be of shape [batch, sequence], got {tuple(labels.shape)}.")
-        if attention_mask is not None and attention_mask.shape != labels.shape:
-            attention_mask = None  # a 4-D mask says nothing about padding: every token counts
         labels = labels.detach().cpu()
         labelled = labels != IGNORE_INDEX
         predicts = torch.zeros_like(labelled)
         predicts[:, :-1] = labelled[:, 1:]
         output = labelled | predicts if token_rule == "label_or_predictor" else labelled
-        real = torch.ones_like(labelled) if attention_mask is None else attention_mask.detach().cpu() != 0
+        targets = labels.roll(-1, dims=1)
+        return cls._of_masks(output, predicts, targets, attention_mask, position_ids)
+
+    @classmethod
+    def of_pooled(
+        cls, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, pad_token_id: int | None = None
+    ) -> "TokenPlan":
+        """Plan of a batch whose sequences are classified from the state of one token each: that one is dense.
+
+        The token is the one that transformers' heads pool: the last that is not `pad_token_id`.
+
+        Args:
+            input_ids: ``[B, S]``.
+            attention_mask: ``[B, S]`` with 0 on padding, or None.
+            pad_token_id: padding token of the model; None pools the last position.
+        """
+        ids = input_ids.detach().cpu()
+        is_text = torch.ones_like(ids) if pad_token_id is None else ids != pad_token_id
+        last = (torch.arange(ids.shape[1]) * is_text).argmax(1)
+        pooled = torch.zeros(ids.shape, dtype=torch.bool).scatter_(1, last[:, None], True)
+        return cls._of_masks(pooled, pooled, torch.full_like(ids, IGNORE_INDEX), attention_mask, None)
+
+    @classmethod
+    def _of_masks(
+        cls,
+        output: torch.Tensor,
+        predicts: torch.Tensor,
+        targets: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+    ) -> "TokenPlan":
+        """Plan from masks ``[B, S]`` of output and loss tokens and the target of each position."""
+        if attention_mask is not None and attention_mask.shape != output.shape:
+            attention_mask = None  # a 4-D mask says nothing about padding: every token counts
+        real = torch.ones_like(output) if attention_mask is None else attention_mask.detach().cpu() != 0
         real |= output | predicts
         context = _rows(real & ~output)
         loss = _rows(predicts)
         return cls(
-            shape=tuple(labels.shape),
+            shape=tuple(output.shape),
             context=context,
             output=_rows(output),
             loss=loss,
             real=None if bool(real.all()) else _rows(real),
-            sequence=_sequence_numbers(labels.shape, position_ids)[context],
-            targets=labels.flatten()[loss + 1],
+            sequence=_sequence_numbers(output.shape, position_ids)[context],
+            targets=targets.flatten()[loss],
             loss_in_context=bool((predicts & ~output).any()),
         )
 

@@ -15,8 +15,9 @@ logger = logging.get_logger(__name__)
 class ForwardHook:
     """Pair of hooks around the model's forward.
 
-    A training forward with `labels` starts a batch, unless the trainer began one already. A forward without
-    gradients is dense, whatever the mode; the batch under way comes back after it, for recomputation.
+    A training forward with `labels` starts a batch, unless the trainer began one already. The labels are those of
+    tokens, or of whole sequences where the model classifies from the state of one token. A forward without gradients
+    is dense, whatever the mode; the batch under way comes back after it, for recomputation.
     """
 
     def __init__(self, state: SparseState) -> None:
@@ -50,7 +51,20 @@ class ForwardHook:
             self.state.end()
             logger.warning_once("SparseLoRA: forward without labels runs dense, its context tokens are not known.")
             return
-        plan = TokenPlan.from_batch(
-            labels, kwargs.get("attention_mask"), kwargs.get("position_ids"), self.state.config.token_rule
+        if _is_per_token(labels, kwargs):
+            rule = self.state.config.token_rule
+            plan = TokenPlan.from_batch(labels, kwargs.get("attention_mask"), kwargs.get("position_ids"), rule)
+            self.state.begin(plan, labels.device)
+            return
+        config = module.config
+        plan = TokenPlan.of_pooled(
+            kwargs["input_ids"], kwargs.get("attention_mask"), config.get_text_config().pad_token_id
         )
-        self.state.begin(plan, labels.device)
+        # nothing but the pooled states is made of the model's output, unless it records more
+        self.state.begin(plan, labels.device, loss_only=not (config.output_hidden_states or config.output_attentions))
+
+
+def _is_per_token(labels: torch.Tensor, kwargs: dict) -> bool:
+    """Whether labels belong to tokens; those of a sequence classification model belong to whole sequences."""
+    ids = kwargs.get("input_ids")
+    return ids is None or labels.shape == ids.shape

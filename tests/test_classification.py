@@ -1,0 +1,102 @@
+"""Sequence classification: one token of each sequence is pooled, and that one is dense."""
+
+import pytest
+import torch
+from helpers import (
+    ATTENTION,
+    SPARSE,
+    VOCAB,
+    assert_same,
+    differs,
+    fill_adapters,
+    loss_and_gradients,
+    make_batch,
+    sparse_result,
+)
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForSequenceClassification, Trainer, TrainingArguments
+
+from sparselora_hf import SparseLoraCallback, SparseLoraConfig, sparsify
+from sparselora_hf.plan import TokenPlan
+
+
+def classifier(**options):
+    """A tiny classifier with live adapters."""
+    torch.manual_seed(0)
+    widths = {"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
+    model = LlamaForSequenceClassification(LlamaConfig(**widths, **heads, **({"pad_token_id": 0} | options)))
+    model = get_peft_model(model, LoraConfig(r=4, task_type="SEQ_CLS", target_modules=list(ATTENTION)))
+    fill_adapters(model)
+    return model.train()
+
+
+def class_batch(side="right", labels=(0, 2, 1)):
+    return make_batch(side=side) | {"labels": torch.tensor(labels)}
+
+
+LABELS = {
+    "classes": (3, (0, 2, 1)),
+    "regression": (1, (0.5, -1.0, 2.0)),
+    "several": (3, [[1.0, 0, 0], [0, 1, 1], [1, 1, 0]]),
+}
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("kind", LABELS)
+def test_sparsity_zero_equals_the_dense_model(kind, side):
+    number, labels = LABELS[kind]
+    model, batch = classifier(num_labels=number), class_batch(side, labels)
+    assert_same(sparse_result(model, batch, SparseLoraConfig()), loss_and_gradients(model, batch))
+
+
+def test_sparsity_changes_the_step_and_not_the_prediction():
+    model, batch = classifier(num_labels=3), class_batch()
+    dense = loss_and_gradients(model, batch)
+    logits = model.eval()(**batch).logits
+    assert differs(sparse_result(model.train(), batch, SPARSE), dense)
+    with sparsify(model, SPARSE) as handle:
+        handle.set_enabled(True)
+        assert torch.equal(model.eval()(**batch).logits, logits)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_the_pooled_token_is_output_and_loss_and_the_rest_context(side):
+    batch = class_batch(side)
+    plan = TokenPlan.of_pooled(batch["input_ids"], batch["attention_mask"], pad_token_id=0)
+    last = [int(row.nonzero().max()) + number * len(row) for number, row in enumerate(batch["attention_mask"])]
+    real = batch["attention_mask"].flatten().nonzero().squeeze(1).tolist()
+    assert plan.output.tolist() == plan.loss.tolist() == last
+    assert plan.context.tolist() == [row for row in real if row not in last]
+    assert not plan.loss_in_context
+
+
+def test_without_a_padding_token_the_last_position_is_pooled():
+    assert TokenPlan.of_pooled(torch.zeros(2, 3, dtype=torch.long)).output.tolist() == [2, 5]
+
+
+def test_only_the_pooled_row_of_the_last_layer_is_computed():
+    """Neither gate, up nor down of the last layer, which only the pooled state needs, sees another token."""
+    model, batch = classifier(num_labels=3), class_batch()
+    rows = []
+    with sparsify(model, SparseLoraConfig()) as handle:
+        down = model.get_base_model().model.layers[-1].mlp.down_proj
+        hook = down.register_forward_pre_hook(lambda module, args: rows.append(args[0].reshape(-1, 96).shape[0]))
+        model(**batch)
+        assert handle.state.batch.savings >= {"last_layer"}
+        hook.remove()
+    assert rows == [3]
+
+
+def test_plain_trainer_with_the_callback(tmp_path):
+    model = classifier(num_labels=3)
+    handle = sparsify(model, SPARSE)
+    batch = class_batch()
+    rows = [{name: values[i] for name, values in batch.items()} for i in (0, 1, 2, 0)]
+    settings = {"max_steps": 4, "logging_steps": 1, "save_strategy": "no", "report_to": "none", "use_cpu": True}
+    args = TrainingArguments(str(tmp_path), per_device_train_batch_size=2, disable_tqdm=True, **settings)
+    trainer = Trainer(model, args, train_dataset=rows, callbacks=[SparseLoraCallback(handle)])
+    trainer.train()
+    dropped = [log["sparselora/channel_sparsity"] for log in trainer.state.log_history if "loss" in log]
+    assert dropped[:2] == [0, 0]
+    assert min(dropped[2:]) > 0.5
