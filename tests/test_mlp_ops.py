@@ -16,19 +16,19 @@ def randn(*shape, seed=0):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def case(shape, biased=False, activation=F.silu):
+def case(shape, biased=False, activation=F.silu, gated=True):
     tokens, hidden, width, keep = shape
     biases = (randn(width, seed=4), randn(width, seed=5), randn(hidden, seed=6)) if biased else (None, None, None)
-    weights = MlpWeights(
-        randn(width, hidden, seed=1), randn(width, hidden, seed=2), randn(hidden, width, seed=3), activation, *biases
-    )
+    gate = randn(width, hidden, seed=1) if gated else None
+    biases = biases if gated else (None, *biases[1:])
+    weights = MlpWeights(gate, randn(width, hidden, seed=2), randn(hidden, width, seed=3), activation, *biases)
     index = torch.randperm(width, generator=torch.Generator().manual_seed(7))[:keep].sort().values
     return randn(tokens, hidden).requires_grad_(), weights, index
 
 
 def stand_in_of(weights, fixed=False):
     """A stand-in with arbitrary factors; `fixed` is the kind whose output is not tied to channels."""
-    width, hidden = weights.gate.shape
+    width, hidden = weights.up.shape
     shift, mean, channels = randn(RANK, seed=11), randn(width, seed=12), randn(RANK, width, seed=13)
     if fixed:
         return StandIn(randn(RANK, hidden, seed=10), shift, randn(RANK, hidden, seed=14), randn(hidden, seed=15))
@@ -37,9 +37,10 @@ def stand_in_of(weights, fixed=False):
 
 def masked(x, weights, index, stand_in=None):
     """The definition at full width: dropped channels contribute what stands in for them, or nothing."""
-    gate, up = F.linear(x, weights.gate, weights.gate_bias), F.linear(x, weights.up, weights.up_bias)
-    mask = torch.zeros(weights.gate.shape[0], dtype=torch.float64).index_fill_(0, index, 1)
-    true = weights.activation(gate) * up
+    up = F.linear(x, weights.up, weights.up_bias)
+    mask = torch.zeros(weights.up.shape[0], dtype=torch.float64).index_fill_(0, index, 1)
+    gated = weights.gate is not None
+    true = weights.activation(F.linear(x, weights.gate, weights.gate_bias)) * up if gated else weights.activation(up)
     if stand_in is None:
         return F.linear(true * mask, weights.down, weights.down_bias)
     z = x @ stand_in.project.T - stand_in.shift
@@ -59,11 +60,12 @@ def check(x, weights, index, stand_in=None):
     assert gradcheck(lambda x: kept_mlp(x, weights, index, stand_in), x)
 
 
+@pytest.mark.parametrize("gated", [False, True], ids=["no gate", "gated"])
 @pytest.mark.parametrize("biased", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("kind", ["none", "channels", "fixed"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_against_masked_dense(shape, kind, biased):
-    x, weights, index = case(shape, biased)
+def test_against_masked_dense(shape, kind, biased, gated):
+    x, weights, index = case(shape, biased, gated=gated)
     check(x, weights, index, None if kind == "none" else stand_in_of(weights, kind == "fixed"))
 
 
@@ -81,7 +83,7 @@ def test_stand_in_alone(fixed):
 
 def test_stand_in_of_rank_0_is_the_mean():
     x, weights, index = case(SHAPES["odd"])
-    width, hidden = weights.gate.shape
+    width, hidden = weights.up.shape
     mean = randn(width, seed=12)
     empty = randn(0, hidden), randn(0), randn(0, hidden)
     check(x, weights, index, StandIn(*empty, weights.down @ mean, mean, randn(0, width)))

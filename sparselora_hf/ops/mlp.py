@@ -1,9 +1,10 @@
-"""The gated MLP on its kept channels, with an optional low-rank stand-in for the dropped ones: one function.
+"""The MLP on its kept channels, with an optional low-rank stand-in for the dropped ones: one function.
 
 Without a stand-in ``y = (act(x G_Kᵀ) ⊙ (x U_Kᵀ)) D_Kᵀ`` with ``G_K``, ``U_K`` the kept rows of gate and up and
 ``D_K`` the kept columns of down. A stand-in ``h ≈ m + z Q`` with ``z = (x − μ) P`` makes the kept channels a
 correction, ``y = z R + c + (h_K − m_K − z Q_K) D_Kᵀ`` with ``R = Q Dᵀ`` and ``c = m Dᵀ``: full width never appears.
 Gate, up and ``P`` are one product, down and ``R`` another. Saved for backward: the two products at kept width.
+A plain MLP has no gate: its activation is that of ``x U_Kᵀ``.
 """
 
 import dataclasses
@@ -59,9 +60,12 @@ class StandIn:
 
 @dataclasses.dataclass(frozen=True)
 class MlpWeights:
-    """Frozen weights of a gated MLP: gate and up ``[N, H]``, down ``[H, N]``, their biases or None, the activation."""
+    """Frozen weights of an MLP: gate and up ``[N, H]``, down ``[H, N]``, their biases or None, the activation.
 
-    gate: torch.Tensor
+    A plain MLP has no gate.
+    """
+
+    gate: torch.Tensor | None
     up: torch.Tensor
     down: torch.Tensor
     activation: Callable[[torch.Tensor], torch.Tensor]
@@ -69,9 +73,14 @@ class MlpWeights:
     up_bias: torch.Tensor | None = None
     down_bias: torch.Tensor | None = None
 
+    @property
+    def inward(self) -> int:
+        """Matrices that lead into the MLP: M = 2, or 1 without a gate."""
+        return 1 if self.gate is None else 2
+
     def gather_in(self, index: torch.Tensor, stand_in: StandIn | None, dtype: torch.dtype) -> torch.Tensor:
-        """Kept rows of gate and up, and the stand-in's projection: ``[2K + r, H]``."""
-        parts = [self.gate.index_select(0, index), self.up.index_select(0, index)]
+        """Kept rows of gate and up, and the stand-in's projection: ``[M K + r, H]``."""
+        parts = [weight.index_select(0, index) for weight in (self.gate, self.up) if weight is not None]
         return torch.cat(parts if stand_in is None else [*parts, stand_in.project.to(parts[0].dtype)]).to(dtype)
 
     def gather_out(self, index: torch.Tensor, stand_in: StandIn | None, dtype: torch.dtype) -> torch.Tensor:
@@ -80,14 +89,15 @@ class MlpWeights:
         return (kept if stand_in is None else torch.cat([kept, stand_in.output.to(kept.dtype)])).to(dtype)
 
     def add_biases(self, wide: torch.Tensor, index: torch.Tensor) -> None:
-        """Add the kept biases of gate and up to ``[T, 2K + r]`` in place."""
-        for bias, first in ((self.gate_bias, 0), (self.up_bias, len(index))):
+        """Add the kept biases of gate and up to ``[T, M K + r]`` in place."""
+        for bias, first in ((self.gate_bias, 0), (self.up_bias, (self.inward - 1) * len(index))):
             if bias is not None:
                 wide[:, first : first + len(index)] += bias.index_select(0, index).to(wide.dtype)
 
-
-def _channels(wide: torch.Tensor, keep: int, activation: Callable) -> torch.Tensor:
-    return activation(wide[:, :keep]) * wide[:, keep : 2 * keep]
+    def channels(self, wide: torch.Tensor, keep: int) -> torch.Tensor:
+        """Activations ``[T, K]`` from the products ``[T, M K + r]``."""
+        activated = self.activation(wide[:, :keep])
+        return activated if self.gate is None else activated * wide[:, keep : 2 * keep]
 
 
 # Three functions, not one: recomputation under checkpointing ends once `wide` is saved, before the last product.
@@ -97,10 +107,10 @@ class _KeptIn(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weights, index, stand_in):
         ctx.kept = weights, index, stand_in
-        wide = x @ weights.gather_in(index, stand_in, x.dtype).t()  # [T, 2K + r]
+        wide = x @ weights.gather_in(index, stand_in, x.dtype).t()  # [T, M K + r]
         weights.add_biases(wide, index)
         if stand_in is not None:
-            wide[:, 2 * len(index) :] -= stand_in.shift.to(x.dtype)
+            wide[:, weights.inward * len(index) :] -= stand_in.shift.to(x.dtype)
         return wide
 
     @staticmethod
@@ -112,14 +122,14 @@ class _KeptIn(torch.autograd.Function):
 
 class _KeptActivation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, wide, activation, index, stand_in):
-        keep = len(index)
-        ctx.kept = activation, index, stand_in
-        ctx.save_for_backward(wide[:, : 2 * keep].contiguous())
-        hidden = _channels(wide, keep, activation)  # [T, K]
+    def forward(ctx, wide, weights, index, stand_in):
+        keep, inward = len(index), weights.inward * len(index)
+        ctx.kept = weights, index, stand_in
+        ctx.save_for_backward(wide[:, :inward].contiguous())
+        hidden = weights.channels(wide, keep)  # [T, K]
         if stand_in is None:
             return hidden
-        z = wide[:, 2 * keep :]
+        z = wide[:, inward:]
         if stand_in.channels is not None:
             hidden -= stand_in.mean.index_select(0, index).to(wide.dtype)
             hidden -= z @ stand_in.channels.index_select(1, index).to(wide.dtype)
@@ -128,13 +138,13 @@ class _KeptActivation(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        activation, index, stand_in = ctx.kept
+        weights, index, stand_in = ctx.kept
         (wide,) = ctx.saved_tensors
         keep = len(index)
         grad_channels, grad_z = grad[:, :keep], grad[:, keep:]
         with torch.enable_grad():
             leaf = wide.detach().requires_grad_()
-            (grad_wide,) = torch.autograd.grad(_channels(leaf, keep, activation), leaf, grad_channels)
+            (grad_wide,) = torch.autograd.grad(weights.channels(leaf, keep), leaf, grad_channels)
         if stand_in is not None:
             if stand_in.channels is not None:
                 grad_z = grad_z - grad_channels @ stand_in.channels.index_select(1, index).to(grad.dtype).t()
@@ -162,7 +172,7 @@ class _KeptOut(torch.autograd.Function):
 def kept_mlp(
     x: torch.Tensor, weights: MlpWeights, index: torch.Tensor, stand_in: StandIn | None = None
 ) -> torch.Tensor:
-    """Gated MLP of frozen weights on kept channels.
+    """MLP of frozen weights on kept channels.
 
     Args:
         x: ``[T, H]``.
@@ -173,6 +183,6 @@ def kept_mlp(
     Returns:
         ``[T, H]``. Differentiable in ``x``.
     """
-    wide = _KeptIn.apply(x.to(compute_dtype(x, weights.gate)), weights, index, stand_in)
-    hidden = _KeptActivation.apply(wide, weights.activation, index, stand_in)
+    wide = _KeptIn.apply(x.to(compute_dtype(x, weights.up)), weights, index, stand_in)
+    hidden = _KeptActivation.apply(wide, weights, index, stand_in)
     return _KeptOut.apply(hidden, weights, index, stand_in)
