@@ -5,6 +5,7 @@ meet, and `SparseLoraHandle.restore` returns the model bit for bit.
 """
 
 import dataclasses
+import time
 
 import torch
 from torch import nn
@@ -95,6 +96,7 @@ def sparsify(
     Raises:
         ValueError: the configuration does not fit the model; the model is untouched then.
     """
+    start = time.perf_counter()
     family = check_model(model, config, family)
     _check_adapters(model)
     if config.kernels == "triton":
@@ -119,6 +121,7 @@ def sparsify(
     except BaseException:
         handle.restore()
         raise
+    handle.attach_seconds = time.perf_counter() - start
     return handle
 
 

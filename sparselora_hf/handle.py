@@ -47,6 +47,7 @@ class SparseLoraHandle:
     Attributes:
         state: shared state of the patched modules.
         decisions: what became of each MLP and attention module.
+        attach_seconds: what `sparsify` took, SVD factors included.
     """
 
     def __init__(self, model: nn.Module, state: SparseState, family: ModelFamily) -> None:
@@ -54,6 +55,7 @@ class SparseLoraHandle:
         self.state = state
         self.family = family
         self.decisions: list[Decision] = []
+        self.attach_seconds = 0.0
         self._patched: list[nn.Module] = []
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
-__all__ = ["StepTime", "StepTimer", "median_step", "peak_memory", "reset_peak_memory"]
+__all__ = ["Evaluation", "RunClock", "StepTime", "StepTimer", "median_step", "peak_memory", "reset_peak_memory"]
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
@@ -48,6 +48,44 @@ class StepTimer(TrainerCallback):
         """Stop them."""
         end = _now()
         self.steps.append(StepTime(end.wall - self._start.wall, end.cpu - self._start.cpu))
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Loss on held-out rows after `step` optimizer steps and `seconds` of training."""
+
+    step: int
+    seconds: float
+    loss: float
+
+
+class RunClock(TrainerCallback):
+    """Seconds of training from its first step on, data and dense steps included, evaluations taken off.
+
+    Attributes:
+        evaluations: one `Evaluation` per evaluation, in order.
+        seconds: the whole run's, once it has ended.
+    """
+
+    def __init__(self) -> None:
+        self.evaluations: list[Evaluation] = []
+        self.seconds = self._start = self._paused = 0.0
+
+    def _elapsed(self) -> float:
+        return _now().wall - self._start - self._paused
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        """Start the clock."""
+        self._start, self._paused = _now().wall, 0.0
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs) -> None:
+        """Take the evaluation's own time off and note its loss."""
+        self._paused += metrics["eval_runtime"]
+        self.evaluations.append(Evaluation(state.global_step, self._elapsed(), metrics["eval_loss"]))
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        """Stop the clock."""
+        self.seconds = self._elapsed()
 
 
 def median_step(steps: Sequence[StepTime]) -> StepTime:

@@ -36,6 +36,7 @@ FLOORS = {
     "callback": 6,
     "collator": 6,
     "trainer": 7,
+    "comparison": 8,
     "measure": 8,
     "prompts": 8,
     "world": 8,

@@ -5,17 +5,17 @@ from helpers import tiny_model
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from sparselora_hf.cli import quickstart
+from sparselora_hf import comparison
 from sparselora_hf.cli.main import main
 from sparselora_hf.world import build_tokenizer, finetuning_examples
 
-KEYS = {"speedup", "speedup_cpu", "exact_match", "loss", "peak_memory", "seconds"}
+KEYS = {"speedup", "speedup_cpu", "speedup_run", "exact_match", "loss", "peak_memory", "seconds"}
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A tiny model that speaks the world's language; training stays in this process."""
-    monkeypatch.setattr(quickstart, "_in_fresh_process", quickstart._train)
+    monkeypatch.setattr(comparison, "in_fresh_process", lambda function, *arguments: function(*arguments))
     tokenizer = build_tokenizer()
     tiny_model(vocab_size=len(tokenizer), layers=4, max_position_embeddings=512).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
@@ -75,4 +75,4 @@ def test_exact_match_counts_whole_answers():
 
     tokenizer = build_tokenizer()
     rows = finetuning_examples(2, 4, "test")
-    assert quickstart.exact_match(Echo(), tokenizer, rows) == 50.0
+    assert comparison.exact_match(Echo(), tokenizer, rows) == 50.0

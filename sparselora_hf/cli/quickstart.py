@@ -8,16 +8,17 @@ the same comparison runs on anything.
 import argparse
 import dataclasses
 import json
-import multiprocessing
 import time
-import warnings
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["Outcome", "Task", "main"]
+if TYPE_CHECKING:
+    from ..comparison import Outcome
 
+__all__ = ["ASSETS", "SPARSE", "Task", "main"]
+
+FOLDERS = {"SFTTrainer": "dense", "SparseLoraTrainer": "sparse"}
 ASSETS = Path(__file__).parents[1] / "assets" / "quickstart-llama"
 # the embedded model has three layers; the last one's MLP needs no sparsity, its context rows are left out anyway
 SPARSE = {
@@ -55,34 +56,6 @@ class Task:
     sparse: Any
     seed: int
     folder: Path
-
-
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """One trained adapter: its losses per step, timed steps, peak memory and held-out exact match."""
-
-    name: str
-    losses: list[float]
-    steps: list[Any]
-    first_sparse: int
-    seconds: float
-    memory: int | None
-    exact_match: float | None
-    sparsity: float
-    config: dict[str, Any] | None
-
-    @property
-    def step(self) -> Any:
-        """Median step, of the sparse phase where there is one."""
-        from ..measure import median_step
-
-        return median_step(self.steps[self.first_sparse :])
-
-    @property
-    def loss(self) -> float:
-        """Mean training loss of the last tenth of the run."""
-        last = self.losses[-max(1, len(self.losses) // 10) :]
-        return sum(last) / len(last)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -156,7 +129,7 @@ def _arguments(task: Task, name: str) -> Any:
 
     on_cpu = not torch.accelerator.is_available()
     return SFTConfig(
-        str(task.folder / name),
+        str(task.folder / FOLDERS[name]),
         max_steps=task.steps,
         per_device_train_batch_size=task.batch,
         learning_rate=task.learning_rate,
@@ -175,103 +148,64 @@ def _arguments(task: Task, name: str) -> Any:
     )
 
 
-def _in_fresh_process(task: Task, name: str) -> Outcome:
-    """Train in a process of its own: each trainer starts from the same clean memory."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_train, task, name).result()
+def _train(task: Task, name: str) -> "Outcome":
+    """Train with one of the two trainers, in this process."""
+    from functools import partial
 
-
-def _train(task: Task, name: str) -> Outcome:
-    from datasets import Dataset, disable_progress_bars
-    from peft import LoraConfig
     from transformers import AutoTokenizer
-    from transformers.trainer_callback import PrinterCallback
-    from transformers.utils import logging
+
+    from ..comparison import exact_match, measure
+
+    tokenizer = AutoTokenizer.from_pretrained(task.model, padding_side="left")
+
+    def score(trainer: Any) -> float | None:
+        return exact_match(trainer.model, tokenizer, task.test) if task.test else None
+
+    return measure(name, partial(_build, task, name, tokenizer), score)
+
+
+def _build(task: Task, name: str, tokenizer: Any, callbacks: list[Any]) -> Any:
+    from datasets import Dataset
+    from peft import LoraConfig
     from trl import SFTTrainer
 
-    from ..measure import StepTimer, peak_memory, reset_peak_memory
     from ..trainer import SparseLoraTrainer
 
-    warnings.simplefilter("ignore", FutureWarning)  # transformers on its own renamings: not the user's business here
-    disable_progress_bars()
-    logging.disable_progress_bar()
-    start = time.perf_counter()
-    timer = StepTimer()
-    trainer_class = SparseLoraTrainer if name == "sparse" else SFTTrainer
-    extra = {"sparse_config": task.sparse} if name == "sparse" else {}
-    tokenizer = AutoTokenizer.from_pretrained(task.model, padding_side="left")
-    trainer = trainer_class(
-        _model(task.model),
-        args=_arguments(task, name),
-        train_dataset=Dataset.from_list(task.train),
-        processing_class=tokenizer,
-        peft_config=LoraConfig(
-            r=16, lora_alpha=32, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], task_type="CAUSAL_LM"
-        ),
-        callbacks=[timer],
-        **extra,
-    )
-    trainer.remove_callback(PrinterCallback)
-    reset_peak_memory()
-    trainer.train()
-    memory = peak_memory()
-    trainer.save_model()
-    score = exact_match(trainer.model, tokenizer, task.test) if task.test else None
-    history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    sparsity = [entry.get("sparselora/channel_sparsity", 0.0) for entry in history]
-    return Outcome(
-        name=name,
-        losses=[entry["loss"] for entry in history],
-        steps=timer.steps,
-        first_sparse=next((i for i, value in enumerate(sparsity) if value > 0), 0),
-        seconds=time.perf_counter() - start,
-        memory=memory,
-        exact_match=score,
-        sparsity=max(sparsity),
-        config=trainer.sparse_config.to_dict() if name == "sparse" else None,
-    )
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    keywords = {
+        "args": _arguments(task, name),
+        "train_dataset": Dataset.from_list(task.train),
+        "processing_class": tokenizer,
+        "peft_config": LoraConfig(r=16, lora_alpha=32, target_modules=targets, task_type="CAUSAL_LM"),
+        "callbacks": callbacks,
+    }
+    if name == "SFTTrainer":
+        return SFTTrainer(_model(task.model), **keywords)
+    return SparseLoraTrainer(_model(task.model), **keywords, sparse_config=task.sparse)
 
 
-def exact_match(model: Any, tokenizer: Any, rows: list[dict[str, str]], batch: int = 64) -> float:
-    """Share of held-out completions that greedy generation gives word for word, in per cent."""
-    import torch
-
-    model.eval()
-    right = 0
-    longest = max(len(tokenizer(row["completion"])["input_ids"]) for row in rows) + 1
-    for first in range(0, len(rows), batch):
-        part = rows[first : first + batch]
-        inputs = tokenizer([row["prompt"] for row in part], return_tensors="pt", padding=True, padding_side="left")
-        inputs = {key: inputs[key].to(model.device) for key in ("input_ids", "attention_mask")}
-        with torch.no_grad():
-            output = model.generate(
-                **inputs, max_new_tokens=longest, do_sample=False, pad_token_id=tokenizer.pad_token_id
-            )
-        answers = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        right += sum(answer.strip() == row["completion"].strip() for answer, row in zip(answers, part, strict=True))
-    return 100.0 * right / len(rows)
-
-
-def report(task: Task, dense: Outcome, sparse: Outcome, seconds: float) -> dict[str, Any]:
+def report(task: Task, dense: "Outcome", sparse: "Outcome", seconds: float) -> dict[str, Any]:
     """Everything that was measured, as it goes to `report.json`."""
     import torch
 
     from .. import __version__
 
-    # both medians are of the same steps: those after the dense warm-up of the sparse run
-    reference = dataclasses.replace(dense, first_sparse=sparse.first_sparse)
+    first = sparse.first_sparse or 0  # both medians are of the same steps: those after the sparse run's dense warm-up
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
-    pair = {"dense": reference, "sparse": sparse}
+    pair = {"dense": dense, "sparse": sparse}
+    step = {name: outcome.step(first) for name, outcome in pair.items()}
     return {
-        "speedup": round(reference.step.wall / sparse.step.wall, 3),
-        "speedup_cpu": round(reference.step.cpu / sparse.step.cpu, 3),
-        "step_seconds": {name: round(outcome.step.wall, 4) for name, outcome in pair.items()},
-        "exact_match": {name: outcome.exact_match for name, outcome in pair.items()},
+        "speedup": round(step["dense"].wall / step["sparse"].wall, 3),
+        "speedup_cpu": round(step["dense"].cpu / step["sparse"].cpu, 3),
+        "speedup_run": round(dense.total_seconds / sparse.total_seconds, 3),
+        "step_seconds": {name: round(value.wall, 4) for name, value in step.items()},
+        "run_seconds": {name: round(outcome.total_seconds, 2) for name, outcome in pair.items()},
+        "exact_match": {name: outcome.score for name, outcome in pair.items()},
         "loss": {name: round(outcome.loss, 4) for name, outcome in pair.items()},
         "peak_memory": {name: outcome.memory for name, outcome in pair.items()},
         "sparse_config": sparse.config,
         "channel_sparsity": sparse.sparsity,
-        "first_sparse_step": sparse.first_sparse + 1,
+        "first_sparse_step": first + 1,
         "steps": task.steps,
         "batch": task.batch,
         "seed": task.seed,
@@ -294,6 +228,7 @@ def _table(figures: dict[str, Any]) -> Any:
         table.add_row(label, *cells, ratio)
 
     row("median step, ms", figures["step_seconds"], ".0f", f"{figures['speedup']:.2f}x faster", 1e3)
+    row("whole run, s", figures["run_seconds"], ".1f", f"{figures['speedup_run']:.2f}x faster")
     row("training loss, last tenth", figures["loss"], ".4f")
     row("held-out exact match, %", figures["exact_match"], ".1f")
     row("peak memory, MiB", figures["peak_memory"], ".0f", scale=2**-20)
@@ -301,28 +236,11 @@ def _table(figures: dict[str, Any]) -> Any:
     return table
 
 
-def plot(path: Path, dense: Outcome, sparse: Outcome) -> None:
-    """Write the picture: both loss curves with the start of sparsity marked, and the time of every step."""
-    import matplotlib
+def _outcome(console: Any, task: Task, name: str) -> "Outcome":
+    from .. import comparison
 
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6))
-    for outcome, label, color in ((dense, "SFTTrainer", "0.45"), (sparse, "SparseLoraTrainer", "tab:green")):
-        steps = range(1, len(outcome.losses) + 1)
-        left.plot(steps, outcome.losses, color=color, label=label)
-        right.plot(steps, [1e3 * step.wall for step in outcome.steps], ".", color=color, label=label)
-    for axis, label in ((left, "training loss"), (right, "step time, ms")):
-        axis.axvline(sparse.first_sparse + 1, color="tab:green", linestyle=":", label="sparsity starts")
-        axis.set_xlabel("step")
-        axis.set_ylabel(label)
-    left.set_yscale("log")
-    right.set_ylim(bottom=0)
-    left.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    with console.status(f"{name}: {task.steps} steps, then {len(task.test)} held-out questions"):
+        return comparison.in_fresh_process(_train, task, name)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -330,18 +248,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     from rich.console import Console
 
+    from ..comparison import draw
+
     console = Console()
     start = time.perf_counter()
     task = _task(args)
     task.folder.mkdir(parents=True, exist_ok=True)
-    outcomes = {}
-    for name, trainer in (("dense", "SFTTrainer"), ("sparse", "SparseLoraTrainer")):
-        with console.status(f"{trainer}: {task.steps} steps, then {len(task.test)} held-out questions"):
-            outcomes[name] = _in_fresh_process(task, name)
-    dense, sparse = outcomes["dense"], outcomes["sparse"]
+    dense, sparse = outcomes = [_outcome(console, task, name) for name in FOLDERS]
     figures = report(task, dense, sparse, time.perf_counter() - start)
     (task.folder / "report.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    plot(task.folder / "report.png", dense, sparse)
+    draw(task.folder / "report.png", outcomes)
     console.print(_table(figures))
     console.print(f"{figures['seconds']:.0f} s in all. Report, picture and adapters: {task.folder.resolve()}")
     return 0

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from ..config import SparseLoraConfig
 from .settings import sparse_arguments, sparse_config, to_arguments
 
-__all__ = ["DataArguments", "Recipe", "main", "parse"]
+__all__ = ["DataArguments", "Recipe", "main", "make_trainer", "parse", "trainer_keywords"]
 
 
 @dataclasses.dataclass
@@ -134,8 +134,8 @@ def _check_columns(rows: Any, text_field: str) -> None:
         )
 
 
-def _trainer_keywords(recipe: Recipe) -> dict[str, Any]:
-    """Arguments that `SFTTrainer` and `SparseLoraTrainer` share."""
+def trainer_keywords(recipe: Recipe) -> dict[str, Any]:
+    """Arguments that `SFTTrainer` and `SparseLoraTrainer` share: model, data, tokenizer, adapter."""
     from transformers import AutoTokenizer
     from trl import get_peft_config, get_quantization_config
 
@@ -162,8 +162,8 @@ def _trainer_keywords(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _make_trainer(recipe: Recipe) -> Any:
-    keywords = _trainer_keywords(recipe)
+def make_trainer(recipe: Recipe, keywords: dict[str, Any]) -> Any:
+    """The trainer that a recipe asks for, from `trainer_keywords`."""
     if recipe.data.dense:
         from trl import SFTTrainer
 
@@ -182,7 +182,7 @@ def main(argv: Sequence[str]) -> int:
     from rich.console import Console
 
     recipe = parse(argv)
-    trainer = _make_trainer(recipe)
+    trainer = make_trainer(recipe, trainer_keywords(recipe))
     start = time.perf_counter()
     result = trainer.train(resume_from_checkpoint=recipe.training.resume_from_checkpoint)
     seconds = time.perf_counter() - start
