@@ -14,6 +14,7 @@ import torch
 
 from .calibration import Calibration
 from .config import SparseLoraConfig
+from .ops.transfer import to_device
 from .svd import LowRank
 from .views import AttentionView, MlpView, base_linear
 
@@ -42,10 +43,13 @@ class Criterion:
         self.score_tokens = config.score_tokens or self.default_tokens
         self.seed = config.seed
 
-    def sample(self, x: torch.Tensor, rows: torch.Tensor, sequence: torch.Tensor) -> torch.Tensor:
+    def sample(
+        self, x: torch.Tensor, rows: torch.Tensor, sequence: torch.Tensor, groups: int | None = None
+    ) -> torch.Tensor:
         """What enters the scores: the context rows ``rows`` ``[C]`` of ``x`` ``[T, H]``, or some of them.
 
-        ``sequence`` ``[C]`` numbers the sequence of each context row.
+        ``sequence`` ``[C]`` numbers the sequence of each context row, ascending; ``groups`` is how many different
+        ones there are, counted where it is None, which waits for the device.
         """
         if self.score_tokens is not None and len(rows) > self.score_tokens:
             rows = rows[torch.linspace(0, len(rows) - 1, self.score_tokens, device=rows.device).long()]
@@ -112,12 +116,16 @@ class SvdCriterion(Criterion):
 class SvdMeanCriterion(SvdCriterion):
     """The reference code's estimator: the tokens of each sequence are averaged before they are scored."""
 
-    def sample(self, x: torch.Tensor, rows: torch.Tensor, sequence: torch.Tensor) -> torch.Tensor:
+    def sample(
+        self, x: torch.Tensor, rows: torch.Tensor, sequence: torch.Tensor, groups: int | None = None
+    ) -> torch.Tensor:
         """One row per sequence that has context: the mean of its context rows."""
         x = x.index_select(0, rows)
         x = x.to(torch.promote_types(x.dtype, torch.float32))  # a bf16 sum of some hundred rows loses its last ones
-        _, group = torch.unique_consecutive(sequence.cpu(), return_inverse=True)
-        group, groups = group.to(x.device), int(group.max()) + 1
+        starts = sequence != sequence.roll(1)
+        starts[:1] = False  # the first sequence is number 0
+        group = starts.cumsum(0)
+        groups = int(group[-1]) + 1 if groups is None else groups
         total = x.new_zeros(groups, x.shape[1]).index_add_(0, group, x)
         count = x.new_zeros(groups).index_add_(0, group, x.new_ones(len(x)))
         return total / count[:, None]
@@ -135,7 +143,9 @@ class WhitenedSvdCriterion(SvdCriterion):
 class _Tokenless(Criterion):
     """Scores that no token of the batch enters."""
 
-    def sample(self, x: torch.Tensor, rows: torch.Tensor, sequence: torch.Tensor) -> torch.Tensor:
+    def sample(
+        self, x: torch.Tensor, rows: torch.Tensor, sequence: torch.Tensor, groups: int | None = None
+    ) -> torch.Tensor:
         """No rows at all."""
         return x[:0]
 
@@ -174,7 +184,7 @@ class RandomCriterion(_Tokenless):
     def _draw(self, width: int, part: str, layer: int, step: int, device: torch.device) -> torch.Tensor:
         # a pure function of seed, step, layer and part: the same after a resume
         seed = zlib.crc32(f"{self.seed}/{step}/{layer}/{part}".encode())
-        return torch.rand(width, generator=torch.Generator().manual_seed(seed)).to(device)
+        return to_device(torch.rand(width, generator=torch.Generator().manual_seed(seed)), device)
 
 
 CRITERIA: dict[str, type[Criterion]] = {

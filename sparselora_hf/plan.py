@@ -7,6 +7,8 @@ import dataclasses
 
 import torch
 
+from .ops.transfer import to_device
+
 __all__ = ["IGNORE_INDEX", "TokenPlan"]
 
 IGNORE_INDEX = -100
@@ -21,8 +23,10 @@ class TokenPlan:
         context: rows that may be sparse.
         output: rows that are dense.
         loss: rows whose prediction enters the loss; by default a subset of `output`.
+        rest: all rows but `context`: output and padding.
         real: `context` and `output` together, or None when there is no padding.
         sequence: for each context row the number of its sequence, counted from 0.
+        groups: number of different ones in `sequence`.
         targets: for each loss row the label it predicts.
         loss_in_context: whether a context row enters the loss, as the token rule ``label`` has it.
     """
@@ -31,8 +35,10 @@ class TokenPlan:
     context: torch.Tensor
     output: torch.Tensor
     loss: torch.Tensor
+    rest: torch.Tensor
     real: torch.Tensor | None
     sequence: torch.Tensor
+    groups: int
     targets: torch.Tensor
     loss_in_context: bool
 
@@ -98,15 +104,18 @@ class TokenPlan:
             attention_mask = None  # a 4-D mask says nothing about padding: every token counts
         real = torch.ones_like(output) if attention_mask is None else attention_mask.detach().cpu() != 0
         real |= output | predicts
-        context = _rows(real & ~output)
-        loss = _rows(predicts)
+        is_context = real & ~output
+        context, loss = _rows(is_context), _rows(predicts)
+        sequence = _sequence_numbers(output.shape, position_ids)[context]
         return cls(
             shape=tuple(output.shape),
             context=context,
             output=_rows(output),
             loss=loss,
+            rest=_rows(~is_context),
             real=None if bool(real.all()) else _rows(real),
-            sequence=_sequence_numbers(output.shape, position_ids)[context],
+            sequence=sequence,
+            groups=len(sequence.unique_consecutive()),
             targets=targets.flatten()[loss],
             loss_in_context=bool((predicts & ~output).any()),
         )
@@ -132,13 +141,11 @@ class TokenPlan:
         return len(self.context) / max(1, self.tokens)
 
     def to(self, device: torch.device) -> "TokenPlan":
-        """The same plan with its rows on a device, copied without waiting."""
-        moved = {
-            field.name: value.to(device, non_blocking=True)
-            for field in dataclasses.fields(self)
-            if isinstance(value := getattr(self, field.name), torch.Tensor)
-        }
-        return dataclasses.replace(self, **moved)
+        """The same plan with its rows on a device, in one copy that the host does not wait for."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        rows = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+        moved = to_device(torch.cat(list(rows.values())), device).split([len(value) for value in rows.values()])
+        return dataclasses.replace(self, **dict(zip(rows, moved, strict=True)))
 
 
 def _rows(mask: torch.Tensor) -> torch.Tensor:

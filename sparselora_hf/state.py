@@ -15,6 +15,7 @@ from .config import SparseLoraConfig
 from .criteria import Criterion
 from .families import ModelFamily
 from .meter import Meter
+from .ops.transfer import to_device
 from .plan import TokenPlan
 from .worth import Worth
 
@@ -89,15 +90,8 @@ class ActiveBatch:
         everything = plan.real is None or "padding" not in self.savings or not self._leaves_out_enough(plan.tokens)
         if not sparse:
             return Rows(none, none, skip=True) if everything else Rows(plan.real, none, skip=False)
-        dense = _complement(plan) if everything and plan.real is not None else plan.output
+        dense = plan.rest if everything and plan.real is not None else plan.output
         return Rows(dense, plan.context, skip=False)
-
-
-def _complement(plan: TokenPlan) -> torch.Tensor:
-    """Every row that is no context row, padding included."""
-    rows = torch.ones(plan.shape[0] * plan.shape[1], dtype=torch.bool, device=plan.context.device)
-    rows[plan.context] = False
-    return rows.nonzero().squeeze(1)
 
 
 class SparseState:
@@ -141,7 +135,8 @@ class SparseState:
         self._warn_without_context(plan)
         if self.calibration.gathers and not self.enabled:
             picks, slots = self.calibration.reservoir.draw(len(plan.context), self.step)
-            self.batch.gather = on_device.context[picks.to(device)], slots.to(device)
+            rows = plan.context[picks.to(plan.context.device)]
+            self.batch.gather = to_device(rows, device), to_device(slots, device)
         return self.batch
 
     def _warn_without_context(self, plan: TokenPlan) -> None:

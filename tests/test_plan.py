@@ -147,5 +147,5 @@ def test_labels_of_a_wrong_shape():
 def test_to_moves_every_tensor():
     plan = TokenPlan.from_batch(torch.tensor([[N, N, N, 3]]), torch.tensor([[1, 0, 1, 1]])).to(torch.device("meta"))
     tensors = [value for value in vars(plan).values() if isinstance(value, torch.Tensor)]
-    assert len(tensors) == 6
+    assert len(tensors) == 7
     assert all(tensor.is_meta for tensor in tensors)

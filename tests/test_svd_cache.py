@@ -212,7 +212,9 @@ def test_fingerprint_tells_any_change_or_swap(dtype, width, row, column, data):
     changed = weight.clone()
     changed[row, column] += 1
     assert fingerprint(changed) != before
-    r, c = data.draw(st.tuples(st.integers(0, 4), st.integers(0, width - 1)).filter(lambda place: place != (row, column)))
+    r, c = data.draw(
+        st.tuples(st.integers(0, 4), st.integers(0, width - 1)).filter(lambda place: place != (row, column))
+    )
     swapped = weight.clone()
     swapped[row, column], swapped[r, c] = weight[r, c], weight[row, column]
     assert fingerprint(swapped) != before

@@ -30,7 +30,7 @@ class AttentionHook:
 
     def _select(self, view: AttentionView, x: torch.Tensor, rows: torch.Tensor) -> None:
         link, batch, criterion = self.link, self.link.state.batch, self.link.state.criterion
-        x = criterion.sample(x, rows, batch.plan.sequence)
+        x = criterion.sample(x, rows, batch.plan.sequence, batch.plan.groups)
         for kind, score in (("qk", criterion.qk), ("vo", criterion.vo)):
             index = top_channels(score(link.layer, view, x, batch.step), link.keep)
             batch.selections[link.layer, kind] = ChannelSelection.of(index, view.layout)

@@ -53,7 +53,7 @@ class SparseMlp(Patched):
         batch, criterion = link.state.batch, link.state.criterion
         key = (link.layer, "mlp")
         if key not in batch.selections:  # recomputation meets the set of the first forward
-            context = criterion.sample(x, rows.sparse, batch.plan.sequence)
+            context = criterion.sample(x, rows.sparse, batch.plan.sequence, batch.plan.groups)
             scores = criterion.mlp(link.layer, view, context, batch.step)
             batch.selections[key] = ChannelSelection.of(top_channels(scores, link.keep))
         return batch.selections[key]
