@@ -1,40 +1,30 @@
-"""Prompt formats: rows of a dataset as `prompt` and `completion`, the split that makes context and output tokens.
+"""Data for training: rows from the hub, a URL or a file, brought into a prompt format.
 
-`alpaca` is the instruction template that LLM-Adapters uses for Math10K and Commonsense (arXiv 2304.01933) and with it
-the paper. Their code also indents every line by sixteen spaces; here the lines start at the margin.
+The formats themselves are in `formats.py`; `text_split`, which cuts running text, is here.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import logging
+from .formats import FORMATS, alpaca, question_answer
 
 __all__ = [
     "PROMPT_FORMATS",
     "TextWindow",
     "alpaca",
-    "drop_unlabelled",
     "format_examples",
     "load_examples",
     "question_answer",
+    "read_rows",
     "text_split",
 ]
 
-logger = logging.get_logger(__name__)
-
-PROMPT_FORMATS = ("alpaca", "question_answer", "text_split")
+PROMPT_FORMATS = (*sorted(FORMATS), "text_split")
 
 _READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
-_TASK = "Below is an instruction that describes a task"
-_REQUEST = "Write a response that appropriately completes the request."
-_ALPACA = f"{_TASK}. {_REQUEST}\n\n### Instruction:\n{{instruction}}\n\n### Response:\n"
-_ALPACA_INPUT = (
-    f"{_TASK}, paired with an input that provides further context. {_REQUEST}\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-)
+_URLS = ("http://", "https://", "hf://")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,18 +49,6 @@ class TextWindow:
             raise ValueError(f"prompt_share: {self.prompt_share} is outside (0, 1). It is a window's share of prompt.")
 
 
-def alpaca(row: Mapping[str, Any], train_on: str = "output") -> dict[str, str]:
-    """Prompt from `instruction` and, where it is not empty, `input`; completion from the column `train_on`."""
-    template = _ALPACA_INPUT if row.get("input") else _ALPACA
-    prompt = template.format(instruction=row["instruction"].strip(), input=(row.get("input") or "").strip())
-    return {"prompt": prompt, "completion": str(row[train_on]).strip()}
-
-
-def question_answer(row: Mapping[str, Any]) -> dict[str, str]:
-    """Prompt from `question`, completion from `answer` (GSM8K)."""
-    return {"prompt": f"Question: {row['question'].strip()}\nAnswer:", "completion": f" {row['answer'].strip()}"}
-
-
 def text_split(text: str, window: TextWindow) -> list[dict[str, str]]:
     """Cut text into windows, each into a prompt and its continuation; the rest that fills no window is left out.
 
@@ -86,8 +64,17 @@ def text_split(text: str, window: TextWindow) -> list[dict[str, str]]:
     return rows
 
 
-def _split_batch(batch: Mapping[str, list[str]], window: TextWindow) -> dict[str, list[str]]:
-    rows = [row for text in batch["text"] for row in text_split(text, window)]
+def _text_batch(batch: Mapping[str, list[str]], window: TextWindow) -> dict[str, list[str]]:
+    return _columns([row for text in batch["text"] for row in text_split(text, window)])
+
+
+def _format_batch(batch: Mapping[str, list[Any]], prompt_format: str, column: str) -> dict[str, list[str]]:
+    rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+    examples = [FORMATS[prompt_format].build(row, column) for row in rows]
+    return _columns([example for example in examples if example is not None])
+
+
+def _columns(rows: list[dict[str, str]]) -> dict[str, list[str]]:
     return {name: [row[name] for row in rows] for name in ("prompt", "completion")}
 
 
@@ -108,26 +95,36 @@ def format_examples(
     Args:
         dataset: rows with the columns that the format reads.
         prompt_format: one of `PROMPT_FORMATS`; None leaves the rows as they are.
-        train_on: column that ``alpaca`` completes with, `output` (math) or `answer` (commonsense).
+        train_on: column of the completion where the format has a choice: `output` (math) or `answer` (commonsense).
         window: cut of ``text_split``.
 
     Raises:
-        ValueError: an unknown format, a missing column, or text too short for a single window.
+        ValueError: an unknown format, a missing column, text too short for a single window, or no row left.
     """
     if prompt_format is None:
         return dataset
-    needs: dict[str, tuple[tuple[str, ...], Callable]] = {
-        "alpaca": (("instruction", train_on), partial(alpaca, train_on=train_on)),
-        "question_answer": (("question", "answer"), question_answer),
-        "text_split": (("text",), partial(_split_batch, window=window or TextWindow())),
-    }
-    if prompt_format not in needs:
+    if prompt_format not in PROMPT_FORMATS:
         raise ValueError(f"prompt_format: {prompt_format!r} is not one of {', '.join(PROMPT_FORMATS)}.")
-    columns, function = needs[prompt_format]
+    if prompt_format == "text_split":
+        columns, function, settings = ("text",), _text_batch, {"window": window or TextWindow()}
+    else:
+        form = FORMATS[prompt_format]
+        columns = (*form.columns, form.column(train_on))
+        function, settings = _format_batch, {"prompt_format": prompt_format, "column": form.column(train_on)}
     _require(dataset, columns, prompt_format)
-    rows = dataset.map(function, batched=prompt_format == "text_split", remove_columns=dataset.column_names)
+    rows = dataset.map(
+        function,
+        batched=True,
+        remove_columns=dataset.column_names,
+        fn_kwargs=settings,
+        desc=f"Prompts ({prompt_format})",
+    )
     if len(rows) == 0:
-        raise ValueError("The text is shorter than one window. Lower window_characters.")
+        raise ValueError(
+            "The text is shorter than one window. Lower window_characters."
+            if prompt_format == "text_split"
+            else f"Prompt format {prompt_format!r} left every row out."
+        )
     return rows
 
 
@@ -144,7 +141,7 @@ def load_examples(
     """Load rows and format them.
 
     Args:
-        name: a name on the hub, a folder, or a file: .json, .jsonl, .parquet, .csv, or .txt for ``text_split``.
+        name: see `read_rows`.
         split: split to take; a file has one, `train`, of which ``train[:100]`` takes a part.
         prompt_format: see `format_examples`.
         train_on: see `format_examples`.
@@ -159,60 +156,36 @@ def load_examples(
         FileNotFoundError: no such file or dataset.
         ValueError: a file of another kind, or what `format_examples` raises.
     """
-    rows = _read(name, split, config_name)
-    if max_examples is not None and prompt_format != "text_split":
+    rows = read_rows(name, split, config_name)
+    one_each = prompt_format != "text_split" and not (prompt_format in FORMATS and FORMATS[prompt_format].leaves_out)
+    if max_examples is not None and one_each:
         rows = rows.take(min(max_examples, len(rows)))
     rows = format_examples(rows, prompt_format, train_on, window)
     return rows if max_examples is None else rows.take(min(max_examples, len(rows)))
 
 
-def _read(name: str, split: str, config_name: str | None) -> Any:
+def read_rows(name: str, split: str = "train", config_name: str | None = None) -> Any:
+    """Rows as they are.
+
+    Args:
+        name: a name on the hub, a folder, or a file or its URL: .json, .jsonl, .parquet, .csv, or .txt (a file alone).
+        split: see `load_examples`.
+        config_name: configuration of a dataset on the hub.
+
+    Raises:
+        OSError: no such file or dataset, or no network to fetch it.
+        ValueError: a file of another kind.
+    """
     import datasets
 
     path = Path(name)
     suffix = path.suffix.lower()
+    if suffix in _READERS and (path.is_file() or name.startswith(_URLS)):
+        return datasets.load_dataset(_READERS[suffix], data_files=name, split=split)
     if suffix == ".txt" and path.is_file():
         return datasets.Dataset.from_dict({"text": [path.read_text(encoding="utf-8")]})
-    if suffix in _READERS and path.is_file():
-        return datasets.load_dataset(_READERS[suffix], data_files=str(path), split=split)
     if path.is_file():
         raise ValueError(f"{name}: files of kind {suffix!r} are not read. Kinds: {', '.join(_READERS)}, .txt.")
     if suffix in (*_READERS, ".txt"):
         raise FileNotFoundError(f"{name}: there is no such file.")
     return datasets.load_dataset(name, config_name, split=split)
-
-
-def drop_unlabelled(dataset: Any, tokenizer: Any, max_length: int | None) -> tuple[Any, int]:
-    """Drop rows whose prompt alone fills `max_length` tokens: nothing of their completion would be trained on.
-
-    Rows without a `prompt` of plain text are left alone.
-
-    Args:
-        dataset: rows with `prompt` and `completion`.
-        tokenizer: tokenizer of the model.
-        max_length: tokens that a row is cut at; None cuts nothing.
-
-    Returns:
-        The rows that keep a label, and the number of those dropped.
-
-    Raises:
-        ValueError: no row is left.
-    """
-    is_text = "prompt" in dataset.column_names and isinstance(dataset[0]["prompt"], str)
-    if max_length is None or not is_text:
-        return dataset, 0
-
-    def keeps_label(batch: Mapping[str, list[str]]) -> list[bool]:
-        return [len(ids) < max_length for ids in tokenizer(batch["prompt"])["input_ids"]]
-
-    kept = dataset.filter(keeps_label, batched=True)
-    dropped = len(dataset) - len(kept)
-    if not len(kept):
-        raise ValueError(
-            f"Every prompt fills max_length = {max_length} tokens, so no label is left. Raise max_length."
-        )
-    if dropped:
-        logger.warning(
-            f"{dropped} of {len(dataset)} rows have a prompt of {max_length} tokens or more and are dropped."
-        )
-    return kept, dropped

@@ -37,6 +37,8 @@ FLOORS = {
     "collator": 6,
     "trainer": 7,
     "comparison": 8,
+    "formats": 0,
+    "labels": 8,
     "measure": 8,
     "prompts": 8,
     "world": 8,

@@ -1,16 +1,17 @@
 import json
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 
 datasets = pytest.importorskip("datasets")
 
+from sparselora_hf.formats import code_feedback, evol_instruct, llm_adapters  # noqa: E402
 from sparselora_hf.prompts import (  # noqa: E402
     PROMPT_FORMATS,
     TextWindow,
     alpaca,
-    drop_unlabelled,
     format_examples,
     load_examples,
     question_answer,
@@ -22,13 +23,6 @@ ROWS = [
     {"instruction": "Add 1 and 2. ", "input": "", "output": "1 + 2 = 3 The answer is 3.", "answer": "3"},
     {"instruction": "Sort.", "input": "b a", "output": "a b", "answer": "a"},
 ]
-
-
-class WordTokenizer:
-    """One token per word."""
-
-    def __call__(self, texts):
-        return {"input_ids": [text.split() for text in texts]}
 
 
 @pytest.fixture
@@ -56,6 +50,52 @@ def test_alpaca_with_input_and_answer():
 
 def test_alpaca_keeps_braces_of_the_data():
     assert "{x}" in alpaca({"instruction": "Set {x}.", "output": "{y}"})["prompt"]
+
+
+def test_the_papers_text_byte_for_byte():
+    """Typed from z-lab/sparselora, spft/data.py: two spaces end the first line, sixteen start every other."""
+    row = llm_adapters({"instruction": " Add. ", "input": "", "output": "1 \n", "answer": "true"})
+    indent = "                "
+    assert row["prompt"] == (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.  \n"
+        f"\n{indent}### Instruction:\n{indent} Add. \n{indent}\n{indent}### Response:\n{indent}"
+    )
+    assert row["completion"] == "1 \n"
+    assert llm_adapters({"instruction": "", "answer": "true"}, "answer")["completion"] == "true"
+
+
+def test_the_papers_text_with_an_input():
+    row = llm_adapters(ROWS[1])
+    assert row["prompt"].endswith(
+        "### Input:\n" + " " * 16 + "b a\n" + " " * 16 + "\n" + " " * 16 + "### Response:\n" + " " * 16
+    )
+
+
+def test_code_feedback_ends_with_the_first_block():
+    row = code_feedback({"query": "Sort {x}. ", "answer": "So:\n```python\na\n```\nor\n```\nb\n```"})
+    assert row["prompt"].endswith("### Instruction:\nSort {x}. \n\n### Response:\n")
+    assert row["completion"] == " So:\n```python\na\n```"
+    assert code_feedback({"query": "q", "answer": "no code"}) is None
+    assert code_feedback({"query": "q", "answer": "```open"})["completion"] == " ```open```"
+
+
+@pytest.mark.parametrize(("answer", "kept"), [("Sure.", True), ("I'm SORRY", False), ("As an AI model", False)])
+def test_evolved_instructions_leave_refusals_out(answer, kept):
+    row = evol_instruct({"instruction": "Sing", "output": answer})
+    assert (row is not None) == kept
+    if kept:
+        assert row == {"prompt": alpaca({"instruction": "Sing", "output": ""})["prompt"], "completion": " Sure."}
+
+
+def test_rows_that_a_format_leaves_out_do_not_count():
+    rows = [{"query": "q", "answer": answer} for answer in ("none", "```a```", "none", "```b```", "```c```")]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "code.json"
+        path.write_text(json.dumps(rows))
+        kept = load_examples(str(path), "train", "code_feedback", max_examples=2)
+        assert list(kept["completion"]) == [" ```a```", " ```b```"]
+    with pytest.raises(ValueError, match="left every row out"):
+        format_examples(datasets.Dataset.from_list(rows[:1]), "code_feedback")
 
 
 def test_question_answer():
@@ -135,25 +175,14 @@ def test_load_errors(tmp_path):
         load_examples(str(tmp_path / "a.xlsx"))
 
 
-def test_rows_without_a_label_are_dropped_and_counted():
-    rows = datasets.Dataset.from_list([{"prompt": "a " * n, "completion": "b"} for n in (2, 3, 4, 5)])
-    kept, dropped = drop_unlabelled(rows, WordTokenizer(), max_length=4)
-    assert (len(kept), dropped) == (2, 2)
-    assert drop_unlabelled(rows, WordTokenizer(), None)[1] == 0
-    with pytest.raises(ValueError, match="Raise max_length"):
-        drop_unlabelled(rows, WordTokenizer(), max_length=2)
-
-
-def test_rows_of_other_kinds_are_left_alone():
-    rows = datasets.Dataset.from_list([{"text": "a b c d e"}])
-    assert drop_unlabelled(rows, WordTokenizer(), 2)[1] == 0
-
-
 @pytest.mark.skipif(not DATA.is_dir(), reason="the shared data folder SPARSELORA_DATA is not here")
 @pytest.mark.parametrize(
     ("file", "prompt_format", "train_on"),
     [
         ("train/math_10k_rebuilt.json", "alpaca", "output"),
+        ("train/math_10k_rebuilt.json", "llm_adapters", "output"),
+        ("train/commonsense_17k.json", "llm_adapters", "answer"),
+        ("train/code_alpaca_5k.json", "evol_instruct", "output"),
         ("test/SVAMP.json", "alpaca", "answer"),
         ("train/gsm8k_train.jsonl", "question_answer", "output"),
         ("text/tinystories_lowercase_4MB.txt", "text_split", "output"),

@@ -1,0 +1,199 @@
+"""Recipes: what a run is told, from YAML files, flags, or both.
+
+A recipe may build on others: `base: common.yaml`, or a list of files, later ones winning over earlier ones and the
+recipe over all. Paths count from the recipe's folder; the settings in a `sparselora:` section are merged one by one.
+"""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..config import SparseLoraConfig
+from .settings import sparse_arguments, sparse_config, to_arguments
+
+__all__ = ["SMOKE", "DataArguments", "Recipe", "parse", "read_recipe"]
+
+# what --smoke changes of a recipe; its model and data become small ones made on the spot unless flags name others
+SMOKE = {
+    "model_name_or_path": None,
+    "dataset_name": None,
+    "dataset_config": None,
+    "dataset_test_split": "train",
+    "dtype": "float32",
+    "attn_implementation": "eager",
+    "use_cpu": True,
+    "bf16": False,
+    "max_steps": 4,
+    "max_examples": 16,
+    "max_length": 256,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 1,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "eval_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "dataloader_pin_memory": False,
+    "push_to_hub": False,
+}
+_SMOKE_SPARSITY = {"start_step": 2, "dense_if_slower": False}  # layers this small gain nothing: sparse all the same
+
+
+@dataclasses.dataclass
+class DataArguments:
+    """Data, comparison and evaluation options beside TRL's own."""
+
+    prompt_format: str | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "llm_adapters, alpaca, code_feedback, evol_instruct, question_answer or text_split; left out, "
+            "rows go to TRL as they are"
+        },
+    )
+    train_on: str = dataclasses.field(
+        default="output",
+        metadata={"help": "column of the completion, where a format has a choice", "choices": ["answer", "output"]},
+    )
+    max_examples: int | None = dataclasses.field(default=None, metadata={"help": "train on the first so many rows"})
+    long_rows: str = dataclasses.field(
+        default="cut", metadata={"help": "rows above max_length are cut or left out", "choices": ["cut", "drop"]}
+    )
+    window_characters: int = dataclasses.field(default=1024, metadata={"help": "window of text_split, in characters"})
+    prompt_share: float = dataclasses.field(default=0.75, metadata={"help": "share of a window that is prompt"})
+    dense: bool = dataclasses.field(default=False, metadata={"help": "train with TRL's SFTTrainer, for comparison"})
+    eval_tasks: list[str] = dataclasses.field(
+        default_factory=list, metadata={"help": "tasks of `sparselora eval` to run on the adapter after training"}
+    )
+    eval_data: str | None = dataclasses.field(
+        default=None, metadata={"help": "folder with the tasks' data; left out, it is fetched"}
+    )
+    smoke: bool = dataclasses.field(
+        default=False, metadata={"help": "run the recipe in small: offline, on a CPU, in under a minute"}
+    )
+    smoke_shape: str | None = dataclasses.field(
+        default=None, metadata={"help": "shape, as `sparselora estimate` names it, that the small model is made after"}
+    )
+
+
+class Recipe(NamedTuple):
+    """All that a run is told: TRL's argument objects, the data options and the sparsity."""
+
+    script: Any
+    training: Any
+    model: Any
+    mixture: Any
+    data: DataArguments
+    sparse: SparseLoraConfig | None
+
+
+def read_recipe(path: str | Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Values of a recipe and of those that it builds on.
+
+    Args:
+        path: YAML file.
+        above: recipes on the way to this one.
+
+    Raises:
+        OSError: no such file.
+        ValueError: no mapping, or a recipe that builds on itself.
+    """
+    import yaml
+
+    path = Path(path).resolve()
+    if path in above:
+        raise ValueError(f"{path}: the recipe builds on itself. Look at its `base`.")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"The recipe is no YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected `name: value` lines, found {type(values).__name__}.")
+    bases = values.pop("base", [])
+    merged: dict[str, Any] = {}
+    for base in [bases] if isinstance(bases, str) else bases:
+        merged = _merge(merged, read_recipe(path.parent / base, (*above, path)))
+    return _merge(merged, values)
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    sections = [values.get("sparselora") for values in (below, above)]
+    merged = {**below, **above}
+    if all(isinstance(section, dict) for section in sections):
+        merged["sparselora"] = {**sections[0], **sections[1]}
+    return merged
+
+
+def _parser_class() -> type:
+    from trl import TrlParser
+
+    class RecipeParser(TrlParser):
+        """`TrlParser` that reads a `sparselora:` section and reports errors by exception."""
+
+        def set_defaults_with_config(self, **values: Any) -> list[str]:
+            section = values.pop("sparselora", None)
+            return super().set_defaults_with_config(**values, **to_arguments(section or {}))
+
+        def error(self, message: str) -> None:
+            raise ValueError(message)
+
+    return RecipeParser
+
+
+def _make_parser() -> Any:
+    import torch
+    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
+
+    groups = (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig, DataArguments, sparse_arguments())
+    parser = _parser_class()(groups, prog="sparselora sft", allow_abbrev=False)
+    parser.set_defaults_with_config(use_peft=True)
+    if not torch.accelerator.is_available():
+        # bf16 is TRL's default and about 80x slower than fp32 in backward on CPUs without AVX-512 bf16
+        parser.set_defaults_with_config(use_cpu=True, bf16=False)
+    return parser
+
+
+def _split_config(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """Flags without `--config`, and the values of the recipe that it names."""
+    flags = [part for flag in argv for part in (flag.split("=", 1) if flag.startswith("--config=") else [flag])]
+    if "--config" not in flags:
+        return flags, {}
+    place = flags.index("--config")
+    if place + 1 == len(flags):
+        raise ValueError("--config needs the path of a recipe.")
+    values = read_recipe(flags[place + 1])
+    for name, value in values.pop("env", {}).items():
+        os.environ[name] = str(value)
+    return flags[:place] + flags[place + 2 :], values
+
+
+def parse(argv: Sequence[str]) -> Recipe:
+    """Read recipe and flags; flags win.
+
+    Raises:
+        FileNotFoundError: no such recipe.
+        ValueError: an unknown key or flag, a value out of range, or a sparse run without LoRA.
+    """
+    flags, values = _split_config(argv)
+    if "--smoke" in flags:
+        values = {**values, **SMOKE, "sparselora": {**(values.get("sparselora") or {}), **_SMOKE_SPARSITY}}
+    parser = _make_parser()
+    unknown = parser.set_defaults_with_config(**values)
+    if unknown:
+        raise ValueError(f"The recipe has keys that nothing reads: {', '.join(n[2:] for n in unknown[::2])}.")
+    *arguments, data, sparse = parser.parse_args_into_dataclasses(args=flags)
+    recipe = Recipe(*arguments, data, sparse_config(vars(sparse)))
+    _check(recipe)
+    return recipe
+
+
+def _check(recipe: Recipe) -> None:
+    if recipe.model.model_name_or_path is None and not recipe.data.smoke:
+        raise ValueError("Name a model: --model_name_or_path, or model_name_or_path in the recipe.")
+    if not recipe.script.dataset_name and not recipe.mixture.datasets and not recipe.data.smoke:
+        raise ValueError("Name the data: --dataset_name, or dataset_name or datasets in the recipe.")
+    if recipe.script.dataset_streaming or recipe.mixture.streaming:
+        raise ValueError("Streamed data is not supported here. Leave dataset_streaming and streaming out.")
+    if not recipe.model.use_peft and not recipe.data.dense:
+        raise ValueError("SparseLoRA trains LoRA adapters and use_peft is off. Leave it out, or add --dense.")
