@@ -31,8 +31,9 @@ from .modules.lora import is_plain_lora
 from .modules.mlp import SparseMlp
 from .modules.norm import CompactHook
 from .modules.recall import RecallHooks
+from .ops.quant import frozen_weight, why_unreadable
 from .state import LayerLink, SparseState
-from .svd import LowRank, dense_weight
+from .svd import LowRank
 from .svd_cache import SvdCache
 from .views import AttentionView, MlpView, base_linear
 from .worth import Worth, attention_worth, mlp_worth
@@ -138,7 +139,10 @@ def _detach_lowest(handle: SparseLoraHandle) -> None:
 def _check_weights(layers: list[Layer], family: ModelFamily) -> None:
     for layer in layers:
         for role, module in projections(layer, family).items():
-            weight = base_linear(module).weight
+            linear = base_linear(module)
+            if why_unreadable(linear):
+                continue  # stays dense
+            weight = linear.weight
             if weight.is_meta or weight.numel() == 0:
                 raise ValueError(
                     f"{layer.name}: the weight of {role} is not in memory (meta device, or sharded by ZeRO-3). "
@@ -161,8 +165,9 @@ def _why_dense(modules: dict[str, nn.Module]) -> str:
     """Reason why a part of a layer cannot be sparse; empty where it can."""
     for role, module in modules.items():
         base = base_linear(module)
-        if type(base) is not nn.Linear:
-            return f"{role} is a {type(base).__name__}, not a plain linear"
+        unreadable = why_unreadable(base)
+        if unreadable:
+            return f"{role} is {unreadable}"
         if base.weight.requires_grad:
             return f"the weight of {role} is trained"
         if role in _MLP and not is_plain_lora(module):
@@ -178,13 +183,14 @@ def _factors(
     for layer in layers:
         roles = (("gate", "up") if layer.mlp_sparsity else ()) + (("q", "k", "v") if layer.attention_sparsity else ())
         modules = projections(layer, family)
-        wanted += [((layer.number, role), base_linear(modules[role])) for role in roles]
+        linears = [((layer.number, role), base_linear(modules[role])) for role in roles]
+        wanted += [(key, linear) for key, linear in linears if not why_unreadable(linear)]
     cache = SvdCache(config.cache_dir)
     show = logging.is_progress_bar_enabled() if progress is None else progress
     bar = tqdm(wanted, desc="SparseLoRA: SVD of the frozen weights", disable=not (show and wanted))
     factors = {}
     for key, linear in bar:
-        weight = dense_weight(linear)
+        weight = frozen_weight(linear)
         factors[key] = cache.factors(weight, config.rank, config.seed).to(weight.device, weight.dtype)
     return factors
 
@@ -222,9 +228,9 @@ class _Part:
 def _attention_part(handle: SparseLoraHandle, layer: Layer) -> _Part:
     view = AttentionView.of(layer.attention, handle.family)
     modules = {role: getattr(view, role) for role in _ATTENTION}
-    weight = base_linear(view.q).weight
+    query = base_linear(view.q)
     keep = kept_channels(view.layout.kv_width, layer.attention_sparsity)
-    worth = attention_worth(weight.shape[1], view.layout, keep, weight.device.type)
+    worth = attention_worth(query.in_features, view.layout, keep, query.weight.device.type)
     name = f"{layer.name}.{handle.family.attention}"
     links = (*_ATTENTION, "attention")
     return _Part(name, layer.attention, modules, links, view.layout.kv_width, keep, worth)
@@ -233,10 +239,10 @@ def _attention_part(handle: SparseLoraHandle, layer: Layer) -> _Part:
 def _mlp_part(handle: SparseLoraHandle, layer: Layer) -> _Part:
     view, config = MlpView.of(layer.mlp, handle.family), handle.config
     modules = {role: getattr(view, role) for role in _MLP}
-    weight = base_linear(view.gate).weight
+    gate = base_linear(view.gate)
     keep = kept_channels(view.width, layer.mlp_sparsity)
     rank = config.compensation_rank if config.compensation == "low_rank" else 0
-    worth = mlp_worth(weight.shape[1], view.width, keep, rank, weight.device.type)
+    worth = mlp_worth(gate.in_features, view.width, keep, rank, gate.weight.device.type)
     return _Part(f"{layer.name}.{handle.family.mlp}", layer.mlp, modules, ("mlp",), view.width, keep, worth)
 
 

@@ -10,6 +10,8 @@ import dataclasses
 import torch
 from torch import nn
 
+from .ops.quant import frozen_weight, read_whole
+
 __all__ = ["LowRank", "dense_weight", "truncated_svd"]
 
 _OVERSAMPLING = 8
@@ -47,11 +49,7 @@ class LowRank:
 
 def dense_weight(linear: nn.Module) -> torch.Tensor:
     """The weight of a frozen linear ``[out, in]``, dequantised where it is stored in 4 or 8 bits."""
-    if linear.weight.is_floating_point() and not hasattr(linear.weight, "quant_state"):
-        return linear.weight.detach()
-    from peft.utils.integrations import dequantize_module_weight
-
-    return dequantize_module_weight(linear).detach()
+    return read_whole(frozen_weight(linear))
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from transformers.utils import logging
 
+from .ops.quant import FrozenWeight, QuantisedWeight, read_whole
 from .svd import LowRank, truncated_svd
 
 __all__ = ["SvdCache", "default_cache_dir", "fingerprint"]
@@ -47,6 +48,13 @@ def fingerprint(weight: torch.Tensor) -> str:
     return digest.hexdigest()
 
 
+def _print_of(weight: FrozenWeight) -> str:
+    if not isinstance(weight, QuantisedWeight):
+        return fingerprint(weight)
+    parts = [fingerprint(part if part.dim() == 2 else part.reshape(1, -1)) for part in weight.tensors()]
+    return "/".join([str(tuple(weight.shape)), *parts])
+
+
 class SvdCache:
     """Factors by weight, on disk.
 
@@ -59,15 +67,18 @@ class SvdCache:
         self.hits = 0
         self._writable = True
 
-    def factors(self, weight: torch.Tensor, rank: int, seed: int = 0) -> LowRank:
-        """Factors of a weight, from the cache or computed and stored. Raises what `truncated_svd` raises."""
-        key = hashlib.sha256(f"{_FORMAT}/{fingerprint(weight)}/{rank}/{seed}".encode()).hexdigest()
+    def factors(self, weight: FrozenWeight, rank: int, seed: int = 0) -> LowRank:
+        """Factors of a weight, from the cache or computed and stored. Raises what `truncated_svd` raises.
+
+        A quantised weight is found by what is stored of it and dequantised only where its factors are not at hand.
+        """
+        key = hashlib.sha256(f"{_FORMAT}/{_print_of(weight)}/{rank}/{seed}".encode()).hexdigest()
         path = self.folder / "svd" / f"{key}.safetensors"
         factors = self._read(path, key, weight.shape, rank)
         if factors is not None:
             self.hits += 1
             return factors.to(weight.device)
-        factors = truncated_svd(weight, rank, seed)
+        factors = truncated_svd(read_whole(weight), rank, seed)
         self._write(path, key, factors)
         return factors
 

@@ -8,6 +8,8 @@ from torch import nn
 
 from .channels import HeadLayout
 from .families import ModelFamily
+from .ops.linear import compute_dtype
+from .ops.quant import frozen_weight, read_whole
 
 __all__ = ["AttentionView", "MlpView", "base_linear"]
 
@@ -36,11 +38,11 @@ class MlpView:
     @property
     def width(self) -> int:
         """Number of intermediate channels."""
-        return base_linear(self.gate).weight.shape[0]
+        return base_linear(self.gate).out_features
 
     def channels(self, x: torch.Tensor) -> torch.Tensor:
         """True activations ``act(x W_gᵀ) ⊙ (x W_uᵀ)`` of the frozen weights: ``[T, H]`` to ``[T, N]``."""
-        gate, up = (_frozen(base_linear(module), x) for module in (self.gate, self.up))
+        gate, up = (_product(base_linear(module), x, biased=True) for module in (self.gate, self.up))
         return self.activation(gate) * up
 
 
@@ -59,14 +61,16 @@ class AttentionView:
         """Look the parts up in a module."""
         q, k, v, o = (getattr(attention, name) for name in (family.q, family.k, family.v, family.o))
         head_dim = attention.head_dim
-        q_width, kv_width = (base_linear(module).weight.shape[0] for module in (q, k))
+        q_width, kv_width = (base_linear(module).out_features for module in (q, k))
         return cls(q, k, v, o, HeadLayout(q_width // head_dim, kv_width // head_dim, head_dim))
 
     def project(self, role: str, x: torch.Tensor) -> torch.Tensor:
         """``x Wᵀ`` of the frozen projection ``q``, ``k`` or ``v``, without its bias."""
-        linear = base_linear(getattr(self, role))
-        return x.to(linear.weight.dtype) @ linear.weight.t()
+        return _product(base_linear(getattr(self, role)), x, biased=False)
 
 
-def _frozen(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    return nn.functional.linear(x.to(linear.weight.dtype), linear.weight, linear.bias)
+def _product(linear: nn.Module, x: torch.Tensor, biased: bool) -> torch.Tensor:
+    weight = frozen_weight(linear)
+    dtype = compute_dtype(x, weight)
+    bias = linear.bias if biased else None
+    return nn.functional.linear(x.to(dtype), read_whole(weight, dtype), None if bias is None else bias.to(dtype))

@@ -3,6 +3,7 @@
 import torch
 
 from ..ops.linear import gathered_columns, gathered_rows
+from ..ops.quant import frozen_weight
 from ..ops.rows import join_rows, scatter_channels, select_channels, split_rows
 from .classes import Patched, link_of
 
@@ -29,7 +30,8 @@ class SparseLinear(Patched):
         return joined.view(*x.shape[:-1], joined.shape[-1])
 
     def _sparse(self, x: torch.Tensor, role: str, index: torch.Tensor) -> torch.Tensor:
+        weight = frozen_weight(self)
         if role == "o":
-            return gathered_columns(select_channels(x, index), self.weight, index, self.bias)
-        y = scatter_channels(gathered_rows(x, self.weight, index), index, self.weight.shape[0])
+            return gathered_columns(select_channels(x, index), weight, index, self.bias)
+        y = scatter_channels(gathered_rows(x, weight, index), index, self.out_features)
         return y if self.bias is None else y + self.bias.to(y.dtype)

@@ -5,6 +5,7 @@ import torch
 from ..channels import ChannelSelection, top_channels
 from ..ops.linear import gathered_columns, gathered_rows
 from ..ops.mlp import MlpWeights, kept_mlp
+from ..ops.quant import frozen_weight
 from ..ops.rows import fork_rows, join_rows, overlay_rows
 from ..state import Rows
 from ..views import MlpView, base_linear
@@ -28,23 +29,25 @@ class SparseMlp(Patched):
             dense = super().forward(flat.index_select(0, rows.dense), *args, **kwargs)
             return join_rows(dense, dense[:0], rows.dense, rows.sparse, len(flat)).view(x.shape)
         whole, few = fork_rows(flat, rows.dense)
-        y = overlay_rows(self._sparse(whole, rows), super().forward(few, *args, **kwargs), rows.dense)
-        return y.view(x.shape)
+        sparse, dense = self._sparse(whole, rows), super().forward(few, *args, **kwargs)
+        # a 4-bit linear computes in a type of its own and answers in that of its input
+        return overlay_rows(sparse.to(dense.dtype), dense, rows.dense).view(x.shape)
 
     def _sparse(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
         """All rows ``[T, H]`` on the channels that suit the context rows best."""
         link = link_of(self)
         view, stand_in = MlpView.of(self, link.family), link.state.calibration.stand_ins.get(link.layer)
         index = self._selection(view, x, rows).narrow
-        gate, up, down = (base_linear(module) for module in (view.gate, view.up, view.down))
+        linears = [base_linear(module) for module in (view.gate, view.up, view.down)]
+        gate, up, down = map(frozen_weight, linears)
+        biases = [linear.bias for linear in linears]
         if not any(has_branch(module) for module in (view.gate, view.up, view.down)):
-            weights = MlpWeights(gate.weight, up.weight, down.weight, view.activation, gate.bias, up.bias, down.bias)
-            return kept_mlp(x, weights, index, stand_in)
-        g = kept_outputs(view.gate, x, gathered_rows(x, gate.weight, index, gate.bias), index)
-        u = kept_outputs(view.up, x, gathered_rows(x, up.weight, index, up.bias), index)
+            return kept_mlp(x, MlpWeights(gate, up, down, view.activation, *biases), index, stand_in)
+        g = kept_outputs(view.gate, x, gathered_rows(x, gate, index, biases[0]), index)
+        u = kept_outputs(view.up, x, gathered_rows(x, up, index, biases[1]), index)
         hidden = view.activation(g) * u  # [T, K]
         output, given_up = (0.0, 0.0) if stand_in is None else stand_in.correction(x.to(hidden.dtype), index)
-        y = gathered_columns(hidden - given_up, down.weight, index, down.bias) + output
+        y = gathered_columns(hidden - given_up, down, index, biases[2]) + output
         return kept_inputs(view.down, hidden, y, index)
 
     @torch.no_grad()

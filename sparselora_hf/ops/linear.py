@@ -8,6 +8,8 @@ activation, so they stay on the context: recomputation under checkpointing ends 
 import torch
 from torch.autograd.function import once_differentiable
 
+from .quant import FrozenWeight, QuantisedWeight, read_columns, read_rows
+
 __all__ = ["compute_dtype", "gathered_columns", "gathered_rows"]
 
 
@@ -15,44 +17,46 @@ class _GatheredRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, index):
         ctx.frozen = weight, index
-        return x @ weight.index_select(0, index).to(x.dtype).t()  # [T, H] [H, K]
+        return x @ read_rows(weight, index, x.dtype).t()  # [T, H] [H, K]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         weight, index = ctx.frozen
-        return grad @ weight.index_select(0, index).to(grad.dtype), None, None
+        return grad @ read_rows(weight, index, grad.dtype), None, None
 
 
 class _GatheredColumns(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, index):
         ctx.frozen = weight, index
-        return x @ weight.index_select(1, index).to(x.dtype).t()  # [T, K] [K, H]
+        return x @ read_columns(weight, index, x.dtype).t()  # [T, K] [K, H]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         weight, index = ctx.frozen
-        return grad @ weight.index_select(1, index).to(grad.dtype), None, None
+        return grad @ read_columns(weight, index, grad.dtype), None, None
 
 
-def compute_dtype(x: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
-    """Type that `F.linear` would compute in: the autocast type where autocast is on, else the weight's."""
+def compute_dtype(x: torch.Tensor, weight: FrozenWeight) -> torch.dtype:
+    """Type that a linear would compute in: the autocast type where autocast is on, else the weight's."""
     # autocast is off in backward: casting here, once, gives both passes the type that F.linear would use
     if torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
+    if isinstance(weight, QuantisedWeight):
+        return weight.product or x.dtype
     return weight.dtype
 
 
 def gathered_rows(
-    x: torch.Tensor, weight: torch.Tensor, index: torch.Tensor, bias: torch.Tensor | None = None
+    x: torch.Tensor, weight: FrozenWeight, index: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """``x · weight[index]ᵀ + bias[index]``: the kept output channels of a frozen linear.
 
     Args:
         x: ``[T, H]``.
-        weight: ``[N, H]``, frozen.
+        weight: ``[N, H]``, frozen; quantised or not.
         index: int64 ``[K]``, distinct.
         bias: ``[N]``, frozen, or None.
 
@@ -64,13 +68,13 @@ def gathered_rows(
 
 
 def gathered_columns(
-    x: torch.Tensor, weight: torch.Tensor, index: torch.Tensor, bias: torch.Tensor | None = None
+    x: torch.Tensor, weight: FrozenWeight, index: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """``x · weight[:, index]ᵀ + bias``: a frozen linear that is fed its kept input channels alone.
 
     Args:
         x: ``[T, K]``, the kept channels.
-        weight: ``[H, N]``, frozen.
+        weight: ``[H, N]``, frozen; quantised or not.
         index: int64 ``[K]``, distinct.
         bias: ``[H]``, frozen, or None.
 

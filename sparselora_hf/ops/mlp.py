@@ -14,6 +14,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .linear import compute_dtype
+from .quant import FrozenWeight, read_columns, read_rows
 
 __all__ = ["MlpWeights", "StandIn", "kept_mlp"]
 
@@ -62,12 +63,12 @@ class StandIn:
 class MlpWeights:
     """Frozen weights of an MLP: gate and up ``[N, H]``, down ``[H, N]``, their biases or None, the activation.
 
-    A plain MLP has no gate.
+    A plain MLP has no gate. Weights may be quantised.
     """
 
-    gate: torch.Tensor | None
-    up: torch.Tensor
-    down: torch.Tensor
+    gate: FrozenWeight | None
+    up: FrozenWeight
+    down: FrozenWeight
     activation: Callable[[torch.Tensor], torch.Tensor]
     gate_bias: torch.Tensor | None = None
     up_bias: torch.Tensor | None = None
@@ -80,13 +81,13 @@ class MlpWeights:
 
     def gather_in(self, index: torch.Tensor, stand_in: StandIn | None, dtype: torch.dtype) -> torch.Tensor:
         """Kept rows of gate and up, and the stand-in's projection: ``[M K + r, H]``."""
-        parts = [weight.index_select(0, index) for weight in (self.gate, self.up) if weight is not None]
-        return torch.cat(parts if stand_in is None else [*parts, stand_in.project.to(parts[0].dtype)]).to(dtype)
+        parts = [read_rows(weight, index, dtype) for weight in (self.gate, self.up) if weight is not None]
+        return torch.cat(parts if stand_in is None else [*parts, stand_in.project.to(dtype)])
 
     def gather_out(self, index: torch.Tensor, stand_in: StandIn | None, dtype: torch.dtype) -> torch.Tensor:
         """Kept columns of down as rows, and the stand-in's output map: ``[K + r, H]``."""
-        kept = self.down.index_select(1, index).t()
-        return (kept if stand_in is None else torch.cat([kept, stand_in.output.to(kept.dtype)])).to(dtype)
+        kept = read_columns(self.down, index, dtype).t()
+        return kept if stand_in is None else torch.cat([kept, stand_in.output.to(dtype)])
 
     def add_biases(self, wide: torch.Tensor, index: torch.Tensor) -> None:
         """Add the kept biases of gate and up to ``[T, M K + r]`` in place."""
