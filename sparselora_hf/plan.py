@@ -55,7 +55,8 @@ class TokenPlan:
         Args:
             labels: ``[B, S]``, -100 where a token is not predicted.
             attention_mask: ``[B, S]`` with 0 on padding, or None.
-            position_ids: ``[B, S]``; where it restarts a packed document begins.
+            position_ids: ``[B, S]``; where it restarts a packed document begins. Without a mask a document of a
+                single token is padding, which is how padding-free batches are filled up to a multiple.
             token_rule: see `SparseLoraConfig`.
 
         Raises:
@@ -102,11 +103,12 @@ class TokenPlan:
         """Plan from masks ``[B, S]`` of output and loss tokens and the target of each position."""
         if attention_mask is not None and attention_mask.shape != output.shape:
             attention_mask = None  # a 4-D mask says nothing about padding: every token counts
-        real = torch.ones_like(output) if attention_mask is None else attention_mask.detach().cpu() != 0
+        starts = _starts(output.shape, position_ids)
+        real = ~_lone(starts) if attention_mask is None else attention_mask.detach().cpu() != 0
         real |= output | predicts
         is_context = real & ~output
         context, loss = _rows(is_context), _rows(predicts)
-        sequence = _sequence_numbers(output.shape, position_ids)[context]
+        sequence = (starts.flatten().cumsum(0) - 1)[context]
         return cls(
             shape=tuple(output.shape),
             context=context,
@@ -152,10 +154,17 @@ def _rows(mask: torch.Tensor) -> torch.Tensor:
     return mask.flatten().nonzero().squeeze(1)
 
 
-def _sequence_numbers(shape: torch.Size, position_ids: torch.Tensor | None) -> torch.Tensor:
-    """Number of the sequence that each of ``B · S`` positions belongs to."""
+def _starts(shape: torch.Size, position_ids: torch.Tensor | None) -> torch.Tensor:
+    """Whether a sequence starts at each of ``[B, S]`` positions."""
     starts = torch.zeros(shape, dtype=torch.bool)
     starts[:, 0] = True
     if position_ids is not None and position_ids.shape == shape:
         starts |= position_ids.detach().cpu() == 0
-    return starts.flatten().cumsum(0) - 1
+    return starts
+
+
+def _lone(starts: torch.Tensor) -> torch.Tensor:
+    """Tokens that are a sequence of their own, with nobody to attend to them: padding of a batch without a mask."""
+    ends = torch.ones_like(starts)
+    ends[:, :-1] = starts[:, 1:]
+    return starts & ends

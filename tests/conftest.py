@@ -1,3 +1,4 @@
+import gc
 import os
 from pathlib import Path
 
@@ -7,6 +8,15 @@ from helpers import ATTENTION, lora_model, make_batch
 from transformers.utils import logging
 
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _libraries_are_no_garbage():
+    """Every `train` collects garbage: what the imports made need not be looked through each time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

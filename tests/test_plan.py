@@ -15,10 +15,14 @@ def slow_plan(labels, mask=None, positions=None, rule="label_or_predictor") -> d
     context, output, loss, real, sequence, targets = [], [], [], [], [], []
     number = -1
     rows, length = labels.shape
+
+    def starts(b, t):
+        return t == 0 or t == length or (positions is not None and bool(positions[b, t] == 0))
+
     for b in range(rows):
         for t in range(length):
             row = b * length + t
-            if t == 0 or (positions is not None and positions[b, t] == 0):
+            if starts(b, t):
                 number += 1
             own = labels[b, t] != N
             predicts = t + 1 < length and labels[b, t + 1] != N
@@ -28,7 +32,7 @@ def slow_plan(labels, mask=None, positions=None, rule="label_or_predictor") -> d
             if own or (predicts and rule == "label_or_predictor"):
                 output.append(row)
                 real.append(row)
-            elif predicts or mask is None or mask[b, t]:
+            elif predicts or (not (starts(b, t) and starts(b, t + 1)) if mask is None else mask[b, t]):
                 context.append(row)
                 sequence.append(number)
                 real.append(row)
@@ -70,6 +74,10 @@ CASES = {
     "packed rows": {
         "labels": torch.tensor([[N, N, 4, N, N, 5], [N, N, N, N, 3, 3]]),
         "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2], [0, 0, 1, 2, 3, 4]]),
+    },
+    "padding-free to a multiple": {
+        "labels": torch.tensor([[N, N, 4, N, 5, N, N, N]]),
+        "position_ids": torch.tensor([[0, 1, 2, 0, 1, 0, 0, 0]]),
     },
 }
 

@@ -16,19 +16,10 @@ from helpers import (
     tiny_model,
 )
 from peft import LoraConfig
-from training import DenseTrainer, SparseTrainer, examples, make_trainer, metrics, trained
+from training import Collator, DenseTrainer, SparseTrainer, assert_same_run, examples, make_trainer, metrics, trained
 from trl import SFTConfig, SFTTrainer
 
 from sparselora_hf import SparseLoraConfig, SparseLoraTrainer
-
-
-def assert_same_run(got, want, tol=1e-5):
-    """Losses of every micro-batch and gradients of every step agree."""
-    assert len(got.losses) == len(want.losses) > 0
-    assert got.losses == pytest.approx(want.losses, rel=tol)
-    for step, (a, b) in enumerate(zip(got.recorder.gradients, want.recorder.gradients, strict=True)):
-        worst = {name: relative_error(a[name], b[name]) for name in b}
-        assert max(worst.values()) < 100 * tol, (step, max(worst, key=worst.get))
 
 
 def one_step(trainer):
@@ -170,49 +161,31 @@ def test_accumulation_equals_one_larger_batch(tmp_path, config):
 
 
 LAYOUTS = {
-    "padded": {},
+    "padded left": {"data_collator": Collator("left")},
     "padding-free": {"padding_free": True, "max_length": None},
+    "padding-free to a multiple": {"padding_free": True, "max_length": None, "pad_to_multiple_of": 64},
     "packed": {"packing": True, "max_length": 40, "dataset_kwargs": None},
 }
 
 
-@pytest.mark.parametrize("layout", ["padding-free", "packed"])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 @pytest.mark.parametrize("exact", [False, True], ids=["exact off", "exact on"])
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
 def test_layout_changes_neither_loss_nor_gradient(tmp_path, layout, exact, sparse):
+    """64 examples, all of them in one batch, padded right and in another form."""
     config = SPARSE.replace(start_step=0, exact=exact) if sparse else SparseLoraConfig(exact=exact)
-    data = examples(8)  # all of them in one batch, whatever the layout
     padded, other = (
-        trained(tmp_path, config, data=data, max_steps=1, per_device_train_batch_size=8, **LAYOUTS[name])
-        for name in ("padded", layout)
+        trained(tmp_path, config, data=examples(64), max_steps=1, per_device_train_batch_size=64, **form)
+        for form in ({}, layout)
     )
     assert_same(one_step(other), one_step(padded))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_side_of_the_collator(tmp_path, side):
-    def collate(rows):
-        width = max(len(row["input_ids"]) for row in rows)
-
-        def pad(values, filler):
-            gap = [filler] * (width - len(values))
-            return gap + values if side == "left" else values + gap
-
-        batch = {
-            "input_ids": [pad(row["input_ids"], 0) for row in rows],
-            "labels": [pad(row["labels"], -100) for row in rows],
-            "attention_mask": [pad([1] * len(row["input_ids"]), 0) for row in rows],
-        }
-        batch = {name: torch.tensor(value) for name, value in batch.items()}
-        return batch | {"position_ids": (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)}
-
-    def run(collator):
-        trainer = make_trainer(tmp_path, SPARSE.replace(start_step=0), max_steps=2)
-        trainer.data_collator = collator or trainer.data_collator
-        trainer.train()
-        return trainer
-
-    assert_same_run(run(collate), run(None))
+    config = SPARSE.replace(start_step=0)
+    own, usual = (trained(tmp_path, config, max_steps=2, data_collator=c) for c in (Collator(side), None))
+    assert_same_run(own, usual)
 
 
 # evaluation

@@ -1,8 +1,9 @@
 """Short trainings of tiny models, with every loss and gradient recorded."""
 
+import pytest
 import torch
 from datasets import Dataset
-from helpers import VOCAB, gradients, lora_model
+from helpers import VOCAB, gradients, lora_model, relative_error
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 from trl import SFTConfig, SFTTrainer
@@ -16,6 +17,19 @@ def tokenizer() -> PreTrainedTokenizerFast:
     inner = Tokenizer(models.WordLevel(ids, unk_token="w3"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>")
+
+
+CHAT = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}w4 {% generation %}{{ m.content }} <eos> {% endgeneration %}"
+    "{% else %}w5 {{ m.content }} {% endif %}{% endfor %}{% if add_generation_prompt %}w4 {% endif %}"
+)
+
+
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    """The same with a chat template that marks what an assistant says."""
+    words = tokenizer()
+    words.chat_template = CHAT
+    return words
 
 
 def examples(n: int = 16, seed: int = 0, prompt: tuple = (4, 12), answer: tuple = (2, 4)) -> Dataset:
@@ -32,6 +46,28 @@ def examples(n: int = 16, seed: int = 0, prompt: tuple = (4, 12), answer: tuple 
         rows["input_ids"].append(ids)
         rows["labels"].append([-100] * p + ids[p:])
     return Dataset.from_dict(rows)
+
+
+def _pad(row: list[int], width: int, filler: int, side: str) -> list[int]:
+    gap = [filler] * (width - len(row))
+    return gap + row if side == "left" else row + gap
+
+
+class Collator:
+    """A collator of one's own; padding on either side, positions counted from the first token."""
+
+    def __init__(self, side: str) -> None:
+        self.side = side
+
+    def __call__(self, rows: list) -> dict[str, torch.Tensor]:
+        width = max(len(row["input_ids"]) for row in rows)
+        columns = {
+            "input_ids": [_pad(row["input_ids"], width, 0, self.side) for row in rows],
+            "labels": [_pad(row["labels"], width, -100, self.side) for row in rows],
+            "attention_mask": [_pad([1] * len(row["input_ids"]), width, 0, self.side) for row in rows],
+        }
+        batch = {name: torch.tensor(values) for name, values in columns.items()}
+        return batch | {"position_ids": (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)}
 
 
 class Recorder(TrainerCallback):
@@ -67,11 +103,22 @@ class SparseTrainer(_Recording, SparseLoraTrainer):
     """SparseLoraTrainer, recorded."""
 
 
+_TRAINER_ARGUMENTS = {
+    "callbacks",
+    "compute_loss_func",
+    "compute_metrics",
+    "data_collator",
+    "eval_dataset",
+    "peft_config",
+    "processing_class",
+}
+
+
 def make_trainer(
     folder, config: SparseLoraConfig | None = None, model=None, data=None, given: bool = True, **settings
 ):
     """A trainer that is dense without a configuration; ``given=False`` leaves `sparse_config` out."""
-    extra = {key: settings.pop(key) for key in ("eval_dataset", "peft_config", "callbacks") if key in settings}
+    extra = {key: settings.pop(key) for key in _TRAINER_ARGUMENTS & settings.keys()}
     args = SFTConfig(
         str(folder),
         **{
@@ -96,9 +143,8 @@ def make_trainer(
         model=model if model is not None else lora_model(),
         args=args,
         train_dataset=data if data is not None else examples(),
-        processing_class=tokenizer(),
+        **({"processing_class": tokenizer()} | extra),
         **({"sparse_config": config} if sparse and given else {}),
-        **extra,
     )
 
 
@@ -107,6 +153,15 @@ def trained(folder, config=None, resume=None, **settings):
     trainer = make_trainer(folder, config, **settings)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
+
+
+def assert_same_run(got, want, tol: float = 1e-5) -> None:
+    """Losses of every micro-batch and gradients of every step agree."""
+    assert len(got.losses) == len(want.losses) > 0
+    assert got.losses == pytest.approx(want.losses, rel=tol)
+    for step, (a, b) in enumerate(zip(got.recorder.gradients, want.recorder.gradients, strict=True)):
+        worst = {name: relative_error(a[name], b[name]) for name in b}
+        assert max(worst.values()) < 100 * tol, (step, max(worst, key=worst.get))
 
 
 def metrics(trainer, name: str) -> list[float]:

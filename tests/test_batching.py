@@ -1,0 +1,125 @@
+"""Every way in which TRL makes batches: sparsity 0 is `SFTTrainer`, and exact savings change no sparse run either."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from helpers import SPARSE
+from training import Collator, assert_same_run, chat_tokenizer, examples, trained
+
+from sparselora_hf import SparseLoraConfig
+
+SPARSE = SPARSE.replace(start_step=1)
+
+
+def words(n: int, seed: int) -> str:
+    generator = torch.Generator().manual_seed(seed)
+    return " ".join(f"w{i}" for i in torch.randint(6, 61, (n,), generator=generator).tolist())
+
+
+def plain_text() -> Dataset:
+    return Dataset.from_dict({"text": [words(5 + i % 9, i) for i in range(16)]})
+
+
+def completions() -> Dataset:
+    rows = range(16)
+    return Dataset.from_dict(
+        {"prompt": [words(4 + i % 9, i) + " " for i in rows], "completion": [words(2 + i % 3, 99 + i) for i in rows]}
+    )
+
+
+def turn(role: str, n: int, seed: int) -> dict[str, str]:
+    return {"role": role, "content": words(n, seed)}
+
+
+def conversations(turns: int = 2) -> Dataset:
+    def talk(i):
+        return [
+            turn(*side) for t in range(turns) for side in (("user", 3 + i % 5, i + t), ("assistant", 2, i + t + 50))
+        ]
+
+    return Dataset.from_list([{"messages": talk(i)} for i in range(16)])
+
+
+def conversational_completions() -> Dataset:
+    return Dataset.from_list(
+        [{"prompt": [turn("user", 3 + i % 7, i)], "completion": [turn("assistant", 2, i + 50)]} for i in range(16)]
+    )
+
+
+def streamed() -> Any:
+    return completions().to_iterable_dataset()
+
+
+def own_loss(outputs, labels, num_items_in_batch=None):
+    """Cross-entropy of one's own, with a term that reads every position."""
+    logits = outputs.logits[:, :-1]
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+    return (loss + 1e-3 * logits.square().mean()) / num_items_in_batch
+
+
+@dataclasses.dataclass
+class Row:
+    """One way to make batches: its data, the trainer's settings, and whether it has context tokens at all."""
+
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    data: Callable = examples
+    context: bool = True
+
+
+PREPARED = {"dataset_kwargs": None}
+PACKED = PREPARED | {"packing": True, "max_length": 40}
+ROWS = {
+    "padded right": Row(),
+    "padded left": Row({"data_collator": Collator("left")}),
+    "padded to a multiple": Row({"pad_to_multiple_of": 16}),
+    "padding-free": Row({"padding_free": True, "max_length": None}),
+    "padding-free to a multiple": Row({"padding_free": True, "max_length": None, "pad_to_multiple_of": 64}),
+    "packing bfd": Row(PACKED),
+    "packing bfd_split": Row(PACKED | {"packing_strategy": "bfd_split", "max_length": 10}),
+    "packing wrapped": Row(PACKED | {"packing_strategy": "wrapped"}),
+    "completion-only": Row(PREPARED, completions),
+    "whole sequences": Row(PREPARED | {"completion_only_loss": False}, completions, context=False),
+    "assistant-only": Row(PREPARED | {"assistant_only_loss": True}, conversations),
+    "assistant-only, packed": Row(PACKED | {"assistant_only_loss": True}, conversations),
+    "conversational": Row(PREPARED, conversations, context=False),
+    "conversational completions": Row(PREPARED, conversational_completions),
+    "plain text": Row(PREPARED, plain_text, context=False),
+    "IterableDataset": Row(PREPARED, streamed),
+    "IterableDataset, packed": Row(PACKED, streamed),
+    "accumulation": Row({"gradient_accumulation_steps": 3, "per_device_train_batch_size": 2}),
+    "accumulation of uneven batches": Row({"gradient_accumulation_steps": 3, "num_train_epochs": 1, "max_steps": -1}),
+    "group_by_length": Row({"train_sampling_strategy": "group_by_length"}),
+    "label smoothing": Row({"label_smoothing_factor": 0.1}),
+    "loss_type dft": Row({"loss_type": "dft"}),
+    "compute_loss_func": Row({"compute_loss_func": own_loss}),
+    "custom collator": Row({"data_collator": Collator("right")}),
+    "worker processes": Row({"dataloader_num_workers": 1, "dataloader_prefetch_factor": 2}),
+    "auto_find_batch_size": Row({"auto_find_batch_size": True}),
+    "truncation": Row(PREPARED | {"max_length": 9, "truncation_mode": "keep_end"}, completions),
+}
+rows = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS.keys())
+
+
+def run(folder, config, row: Row):
+    settings = {"max_steps": 2, "processing_class": chat_tokenizer()} | row.settings
+    return trained(folder, config, data=row.data(), **settings)
+
+
+@rows
+def test_sparsity_0_gives_the_run_of_sft(tmp_path, row):
+    dense, exact = (run(tmp_path, config, row) for config in (None, SparseLoraConfig()))
+    assert_same_run(exact, dense)
+    assert exact.state.num_input_tokens_seen == dense.state.num_input_tokens_seen
+    assert exact._total_train_tokens == dense._total_train_tokens > 0
+
+
+@rows
+def test_exact_savings_leave_a_sparse_run_as_it_is(tmp_path, row):
+    plain, saving = (run(tmp_path, SPARSE.replace(exact=exact), row) for exact in (False, True))
+    assert_same_run(saving, plain)
+    sparse_steps = [log["sparselora/channel_sparsity"] > 0 for log in saving.state.log_history if "loss" in log]
+    assert sparse_steps == [False] + [row.context] * (len(sparse_steps) - 1)
