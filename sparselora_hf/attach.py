@@ -7,7 +7,6 @@ meet, and `SparseLoraHandle.restore` returns the model bit for bit.
 import dataclasses
 import time
 
-import torch
 from torch import nn
 from tqdm.auto import tqdm
 from transformers.utils import logging
@@ -32,6 +31,7 @@ from .modules.mlp import SparseMlp
 from .modules.norm import CompactHook
 from .modules.recall import RecallHooks
 from .ops.quant import frozen_weight, why_unreadable
+from .placement import check_weights
 from .state import LayerLink, SparseState
 from .svd import LowRank
 from .svd_cache import SvdCache
@@ -51,7 +51,7 @@ def check_model(model: nn.Module, config: SparseLoraConfig, family: ModelFamily 
 
     Raises:
         ValueError: unknown family, a layer that does not exist, a rank above a weight's, a weight that holds NaN or
-            is not in memory.
+            is not whole in this process.
     """
     base = causal_model(model)
     text_config = base.config.get_text_config()
@@ -60,7 +60,7 @@ def check_model(model: nn.Module, config: SparseLoraConfig, family: ModelFamily 
     smallest = min(text_config.hidden_size, text_config.intermediate_size)
     if config.is_sparse and CRITERIA[config.criterion].needs_factors and config.rank > smallest:
         raise ValueError(f"rank: {config.rank} exceeds {smallest}, the smallest side of a weight. Lower the rank.")
-    _check_weights(list(decoder_layers(model, config, family)), family)
+    check_weights(list(decoder_layers(model, config, family)), family)
     return family
 
 
@@ -134,31 +134,6 @@ def _detach_lowest(handle: SparseLoraHandle) -> None:
     embeddings = base.get_input_embeddings().parameters()
     if "frozen_below" in handle.config.exact and lowest is not None and not any(p.requires_grad for p in embeddings):
         handle._hooks += DetachHook(handle.state).register(lowest)
-
-
-def _check_weights(layers: list[Layer], family: ModelFamily) -> None:
-    for layer in layers:
-        for role, module in projections(layer, family).items():
-            linear = base_linear(module)
-            if why_unreadable(linear):
-                continue  # stays dense
-            weight = linear.weight
-            if weight.is_meta or weight.numel() == 0:
-                raise ValueError(
-                    f"{layer.name}: the weight of {role} is not in memory (meta device, or sharded by ZeRO-3). "
-                    "Load the whole model; ZeRO-2, FSDP2 and DDP are the ways to use several devices."
-                )
-            if weight.is_floating_point() and not _is_finite(weight):
-                raise ValueError(
-                    f"{layer.name}: the weight of {role} holds NaN or infinity. The checkpoint is damaged: "
-                    "load it again."
-                )
-
-
-def _is_finite(weight: torch.Tensor) -> bool:
-    # sums are taken in float32 whatever their result's type, and float16's result could overflow: asking for another
-    # type than the weight's costs 27 times the time on a CPU
-    return bool(torch.isfinite(weight.sum(dtype=torch.float32 if weight.dtype == torch.float16 else None)))
 
 
 def _why_dense(modules: dict[str, nn.Module]) -> str:

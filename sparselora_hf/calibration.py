@@ -10,6 +10,7 @@ import torch
 
 from .channels import top_channels
 from .config import SparseLoraConfig
+from .distributed import agree
 from .ops.mlp import StandIn
 from .reservoir import Reservoir
 from .standin import fit_fixed_set, fit_stand_in
@@ -46,6 +47,11 @@ class Calibration:
     def gathers(self) -> bool:
         """Whether dense steps are to fill the reservoir."""
         return self.config.needs_statistics and not self.fitted
+
+    @property
+    def is_blank(self) -> bool:
+        """Whether statistics are asked for and nothing has been gathered, fitted or loaded."""
+        return self.gathers and not len(self.reservoir)
 
     @torch.no_grad()
     def fit_mlp(self, layer: int, view: MlpView, keep: int) -> None:
@@ -92,12 +98,23 @@ class Calibration:
             down = torch.linalg.solve_triangular(root, factors.down, upper=False, left=False)
             self.factors[layer, role] = LowRank(down, factors.up).to(weight.device, weight.dtype)
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Everything a checkpoint must hold: the fit, or the sample where it is not done yet."""
+    def finish(self) -> int:
+        """Close the fit: all ranks take rank 0's, the sample is dropped. Returns its number of tokens."""
+        agree(tensor for _, tensor in self._fit_tensors())
+        tokens, self.reservoir = len(self.reservoir), Reservoir(self.config.calibration_tokens, self.config.seed)
+        self.fitted = True
+        return tokens
+
+    def tensors(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """Everything a checkpoint must hold: the fit, or the sample where it is not done yet; every rank must call.
+
+        Args:
+            device: device of the model.
+        """
         if not self.config.needs_statistics:
             return {}
         if not self.fitted:
-            return {f"reservoir.{name}": tensor for name, tensor in self.reservoir.tensors().items()}
+            return {f"reservoir.{name}": tensor for name, tensor in self.reservoir.merged(device).tensors().items()}
         return dict(self._fit_tensors())
 
     def _fit_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:

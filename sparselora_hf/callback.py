@@ -3,9 +3,14 @@
 from pathlib import Path
 
 from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from .handle import SparseLoraHandle
+from .attach import sparsify
+from .config import SparseLoraConfig
+from .families import ModelFamily
+from .handle import CALIBRATION_FILE, SparseLoraHandle
+from .placement import check_engine
 from .schedule import Schedule
 
 __all__ = ["SparseLoraCallback"]
@@ -16,26 +21,57 @@ logger = logging.get_logger(__name__)
 class SparseLoraCallback(TrainerCallback):
     """Turns a sparse model's sparsity on and off as training goes, saves its configuration, logs what it did.
 
-    Whether a step is sparse depends on the global step alone. Before a run is resumed whose criterion or stand-in
-    learned from dense steps, call `handle.load(checkpoint)`; `SparseLoraTrainer` does so itself.
+    Whether a step is sparse depends on the global step alone. A resumed run takes what dense steps had taught from the
+    checkpoint, found through `args.resume_from_checkpoint` or in `args.output_dir`.
 
     Args:
-        handle: what `sparsify` returned for the model in training.
+        sparse: what `sparsify` returned for the model in training; or a configuration, where the model is out of
+            reach. The callback then sparsifies the Trainer's model itself, when the Trainer is made or, where it is
+            added later, when training begins, and restores the model when training ends.
+        model_family: with a configuration, description of a model family that is not in the table.
+
+    Attributes:
+        handle: the handle of the model in training; None before a configuration has met its model.
+
+    Raises:
+        ValueError: settings and model do not fit together; the model is untouched then.
 
     Example:
         >>> handle = sparsify(model, SparseLoraConfig(mlp_sparsity=0.9))
         >>> Trainer(model, args, train_dataset=data, callbacks=[SparseLoraCallback(handle)]).train()
+        >>> Trainer(model, args, train_dataset=data, callbacks=[SparseLoraCallback(config)]).train()
     """
 
-    def __init__(self, handle: SparseLoraHandle) -> None:
-        self.handle = handle
+    def __init__(self, sparse: SparseLoraHandle | SparseLoraConfig, model_family: ModelFamily | None = None) -> None:
+        self._config = sparse if isinstance(sparse, SparseLoraConfig) else None
+        self._family = model_family
+        self.handle = None if self._config else sparse
         self.schedule: Schedule | None = None
 
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        """Resolve the schedule against the length of the run."""
+    def on_init_end(self, args, state, control, model=None, **kwargs) -> None:
+        """Sparsify the model before an engine wraps or shards it."""
+        if self.handle is None:
+            self.handle = sparsify(model, self._config, family=self._family)
+            logger.info("SparseLoRA:\n" + self.handle.report())
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
+        """Resolve the schedule against the length of the run; refuse engines that a sparse model does not run in."""
+        check_engine(args.n_gpu)
+        self.on_init_end(args, state, control, model)
         self.schedule = Schedule.of(self.handle.config, state.max_steps)
         self.handle.state.meter.reset()
+        if state.global_step and self.handle.state.calibration.is_blank:
+            self._resume(args, state.global_step)
         self._switch(state.global_step)
+
+    def _resume(self, args, step: int) -> None:
+        given = args.resume_from_checkpoint
+        named = [Path(given)] if isinstance(given, str) else []
+        for folder in (*named, Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"):
+            if (folder / CALIBRATION_FILE).is_file():
+                if SparseLoraConfig.from_yaml(folder).to_dict() == self.handle.config.to_dict():
+                    self.handle.load(folder)
+                return
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         """Switch where the schedule says so."""
@@ -57,10 +93,11 @@ class SparseLoraCallback(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs) -> None:
         """Write configuration and calibration beside the checkpoint."""
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if state.is_world_process_zero and folder.is_dir():
-            self.handle.save(folder)
+        self.handle.save(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
-        """Leave a dense model behind."""
+        """Leave a dense model behind, and a plain one where the callback made it sparse."""
         self.handle.state.reset()
+        if self._config:
+            self.handle.restore()
+            self.handle = None

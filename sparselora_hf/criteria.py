@@ -122,6 +122,7 @@ class SvdMeanCriterion(SvdCriterion):
         """One row per sequence that has context: the mean of its context rows."""
         x = x.index_select(0, rows)
         x = x.to(torch.promote_types(x.dtype, torch.float32))  # a bf16 sum of some hundred rows loses its last ones
+        sequence = sequence.to(x.device)  # the layers may be spread over devices
         starts = sequence != sequence.roll(1)
         starts[:1] = False  # the first sequence is number 0
         group = starts.cumsum(0)

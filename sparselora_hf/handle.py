@@ -11,12 +11,12 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from .config import SparseLoraConfig
-from .decoder import causal_model, decoder_layers
+from .decoder import Layer, causal_model, decoder_layers
+from .distributed import rank_and_world, whole_weights
 from .families import ModelFamily
 from .modules.classes import link_of, unpatch
-from .reservoir import Reservoir
 from .state import SparseState
-from .views import AttentionView, MlpView
+from .views import AttentionView, MlpView, base_linear
 
 __all__ = ["CALIBRATION_FILE", "Decision", "SparseLoraHandle"]
 
@@ -80,8 +80,9 @@ class SparseLoraHandle:
         self.state.enabled = enabled
 
     def fit(self) -> None:
-        """Fit the criterion's and the stand-in's statistics to the sample of the dense steps."""
+        """Fit the criterion's and the stand-in's statistics to the sample of the dense steps; every rank must call."""
         calibration = self.state.calibration
+        calibration.reservoir = calibration.reservoir.merged(self.device)
         if not len(calibration.reservoir):
             raise RuntimeError(
                 f"criterion {self.config.criterion!r} and compensation {self.config.compensation!r} learn from "
@@ -90,14 +91,18 @@ class SparseLoraHandle:
         start = time.perf_counter()
         layers = decoder_layers(self.model, self.config, self.family)
         for layer in tqdm(list(layers), desc="SparseLoRA: fit", disable=not logging.is_progress_bar_enabled()):
-            keeps = {link.role: link.keep for link in map(link_of, self._patched) if link.layer == layer.number}
-            if keeps.get("mlp") is not None:
-                calibration.fit_mlp(layer.number, MlpView.of(layer.mlp, self.family), keeps["mlp"])
-            if keeps.get("q") is not None:
-                calibration.fit_attention(layer.number, AttentionView.of(layer.attention, self.family))
-        calibration.fitted = True
-        tokens, calibration.reservoir = len(calibration.reservoir), Reservoir(self.config.calibration_tokens)
+            with whole_weights(layer.module):
+                self._fit_layer(layer)
+        tokens = calibration.finish()
         logger.info(f"SparseLoRA: fitted to {tokens} tokens of dense steps in {time.perf_counter() - start:.1f} s.")
+
+    def _fit_layer(self, layer: Layer) -> None:
+        calibration = self.state.calibration
+        keeps = {link.role: link.keep for link in map(link_of, self._patched) if link.layer == layer.number}
+        if keeps.get("mlp") is not None:
+            calibration.fit_mlp(layer.number, MlpView.of(layer.mlp, self.family), keeps["mlp"])
+        if keeps.get("q") is not None:
+            calibration.fit_attention(layer.number, AttentionView.of(layer.attention, self.family))
 
     def figures(self) -> dict[str, float]:
         """Figures for the log since the last call: shares of context and of saved FLOPs, sparsity, speed."""
@@ -109,9 +114,14 @@ class SparseLoraHandle:
         return causal_model(self.model).get_input_embeddings().weight.device
 
     def save(self, folder: str | Path) -> None:
-        """Write the configuration, and what dense steps taught where there is any, into a checkpoint's folder."""
+        """Write the configuration, and what dense steps taught where there is any, into a checkpoint's folder.
+
+        Every rank must call, since each holds a part of the sample; rank 0 writes.
+        """
+        tensors = self.state.calibration.tensors(self.device)
+        if rank_and_world()[0]:
+            return
         self.config.to_yaml(Path(folder))
-        tensors = self.state.calibration.tensors()
         if tensors:
             tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
             save_file(tensors, Path(folder) / CALIBRATION_FILE)
@@ -120,8 +130,12 @@ class SparseLoraHandle:
         """Take back what dense steps had taught by the time a checkpoint was written."""
         path = Path(folder) / CALIBRATION_FILE
         if path.is_file():
-            device = self.device
-            self.state.calibration.load({name: t.to(device) for name, t in load_file(path).items()})
+            devices = self._layer_devices()
+            self.state.calibration.load({name: t.to(_device_of(name, devices)) for name, t in load_file(path).items()})
+
+    def _layer_devices(self) -> dict[str, torch.device]:
+        layers = decoder_layers(self.model, self.config, self.family)
+        return {str(x.number): base_linear(MlpView.of(x.mlp, self.family).gate).weight.device for x in layers}
 
     def restore(self) -> nn.Module:
         """Undo everything; calling it again does nothing. Returns the model."""
@@ -151,3 +165,9 @@ class SparseLoraHandle:
             )
             lines.append(f"{d.name}: {d.outcome}{kept}{f' ({d.reason})' if d.reason else ''}")
         return "\n".join(lines)
+
+
+def _device_of(name: str, devices: dict[str, torch.device]) -> torch.device:
+    """Where a tensor of the calibration belongs: with its layer, whose number is a part of its name."""
+    layer = next((part for part in name.split(".") if part in devices), None)
+    return torch.device("cpu") if layer is None else devices[layer]

@@ -6,6 +6,8 @@ keep the same tokens, a resumed run draws as the uninterrupted one did, and the 
 
 import torch
 
+from .distributed import add_up, gather_objects, rank_and_world
+
 __all__ = ["Reservoir"]
 
 
@@ -52,15 +54,38 @@ class Reservoir:
         """Rows stored under a key, ``[n, H]``."""
         return self.rows[key][: len(self)]
 
+    def merged(self, device: torch.device) -> "Reservoir":
+        """The sample of all ranks together, highest priority first; every rank must call and gets the same.
+
+        Args:
+            device: where rows go of which this rank has none.
+        """
+        shapes = {key: (rows.shape[1], rows.dtype) for key, rows in self.rows.items()}
+        priorities, shapes = zip(*gather_objects((self.priorities, shapes)), strict=True)
+        everything, whole = torch.cat(priorities), Reservoir(self.capacity, self.seed)
+        best = everything.argsort(descending=True, stable=True)[: self.capacity]
+        whole.priorities = everything[best]
+        first = sum(len(held) for held in priorities[: rank_and_world()[0]])
+        slots = ((best >= first) & (best < first + len(self))).nonzero().squeeze(1)
+        for key, (width, dtype) in sorted({key: shape for each in shapes for key, shape in each.items()}.items()):
+            held = self.rows.get(key, torch.zeros(self.capacity, width, dtype=dtype, device=device))
+            rows = torch.zeros_like(held)
+            rows[slots.to(held.device)] = held[(best[slots] - first).to(held.device)]
+            add_up(rows)  # every slot is one rank's, the others add zero
+            whole.rows[key] = rows
+        return whole
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """Everything there is to save."""
         return {"priorities": self.priorities, **{f"rows.{key}": self.get(key) for key in self.rows}}
 
     def load(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Take back what `tensors` gave."""
-        self.priorities = tensors["priorities"].cpu()
+        """Take back what `tensors` gave, each rank its share."""
+        rank, world = rank_and_world()
+        self.priorities = tensors["priorities"].cpu()[rank::world]
         for name, rows in tensors.items():
             if name.startswith("rows."):
+                rows = rows[rank::world]
                 full = rows.new_zeros(self.capacity, rows.shape[1])
                 full[: len(rows)] = rows
                 self.rows[name.removeprefix("rows.")] = full

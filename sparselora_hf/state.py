@@ -13,6 +13,7 @@ from .calibration import Calibration
 from .channels import ChannelSelection
 from .config import SparseLoraConfig
 from .criteria import Criterion
+from .distributed import rank_and_world
 from .families import ModelFamily
 from .meter import Meter
 from .ops.transfer import to_device
@@ -37,6 +38,11 @@ class Rows:
     sparse: torch.Tensor
     skip: bool
 
+    def to(self, device: torch.device) -> "Rows":
+        """The same rows on another device, copied without waiting."""
+        moved = (part.to(device, non_blocking=True) for part in (self.dense, self.sparse))
+        return Rows(*moved, self.skip)
+
 
 class ActiveBatch:
     """A micro-batch under way: its plan, whether it is sparse, and the channel sets chosen so far.
@@ -45,7 +51,7 @@ class ActiveBatch:
         plan: token plan, on the model's device.
         sparse: whether context tokens use a subset of channels.
         savings: names of the exact savings in force.
-        step: number of the micro-batch since the start of training, for random scores.
+        step: number of the micro-batch since the start of training, over all ranks, for random scores.
     """
 
     def __init__(self, plan: TokenPlan, sparse: bool, savings: frozenset[str], step: int = 0) -> None:
@@ -56,16 +62,17 @@ class ActiveBatch:
         self.selections: dict[tuple[int, str], ChannelSelection] = {}
         self.gather: tuple[torch.Tensor, torch.Tensor] | None = None  # rows to sample, slots they take
         self.gathered: set[str] = set()
-        self._rows: dict[tuple[bool, bool], Rows] = {}
+        self._rows: dict[tuple[bool, bool, torch.device], Rows] = {}
 
     def pays(self, worth: Worth) -> bool:
         """Whether a part with this balance is faster sparse for this batch."""
         return worth.pays(len(self.plan.context), self.plan.shape[0] * self.plan.shape[1])
 
-    def rows(self, *, sparse: bool, loss_only: bool) -> Rows:
+    def rows(self, device: torch.device, *, sparse: bool, loss_only: bool) -> Rows:
         """Rows for a module.
 
         Args:
+            device: device of the module, which may be another than the batch's where layers are spread over devices.
             sparse: the module drops channels for context tokens.
             loss_only: nothing but positions that enter the loss is needed of it (above the last attention).
         """
@@ -73,9 +80,9 @@ class ActiveBatch:
         loss_only = loss_only and "last_layer" in self.savings and self._leaves_out_enough(len(self.plan.loss))
         # a sparse context token that enters the loss (token rule "label") is needed whole
         loss_only = loss_only and not (sparse and self.plan.loss_in_context)
-        key = (sparse, loss_only)
+        key = (sparse, loss_only, device)
         if key not in self._rows:
-            self._rows[key] = self._make_rows(*key)
+            self._rows[key] = self._make_rows(sparse, loss_only).to(device)
         return self._rows[key]
 
     def _leaves_out_enough(self, rows: int) -> bool:
@@ -130,11 +137,14 @@ class SparseState:
             savings -= {"last_layer", "logits"}
         self.step += 1
         on_device = plan.to(device)
-        self.batch = ActiveBatch(on_device, self.enabled, frozenset(savings), self.step)
+        # numbered as one process would that took the micro-batches of all ranks in turn
+        rank, world = rank_and_world()
+        number = (self.step - 1) * world + rank + 1
+        self.batch = ActiveBatch(on_device, self.enabled, frozenset(savings), number)
         self.meter.add(plan, self.batch.sparse, self.batch.savings)
         self._warn_without_context(plan)
         if self.calibration.gathers and not self.enabled:
-            picks, slots = self.calibration.reservoir.draw(len(plan.context), self.step)
+            picks, slots = self.calibration.reservoir.draw(len(plan.context), number)
             rows = plan.context[picks.to(plan.context.device)]
             self.batch.gather = to_device(rows, device), to_device(slots, device)
         return self.batch
@@ -190,18 +200,18 @@ class LayerLink:
         if key not in batch.gathered:  # recomputation passes here again
             batch.gathered.add(key)
             rows, slots = batch.gather
-            self.state.calibration.reservoir.put(key, x.index_select(0, rows), slots)
+            self.state.calibration.reservoir.put(key, x.index_select(0, rows.to(x.device)), slots)
 
     def channels(self) -> torch.Tensor:
         """Kept channels of this projection for the batch in hand, at its own width: query width for q and o."""
         selection = self.state.batch.selections[self.layer, "qk" if self.role in ("q", "k") else "vo"]
         return selection.wide if self.role in ("q", "o") else selection.narrow
 
-    def rows(self, training: bool) -> Rows | None:
-        """Rows of the batch in hand for this module; None where it runs as if unpatched."""
+    def rows(self, x: torch.Tensor, training: bool) -> Rows | None:
+        """Rows of the batch in hand for this module with input ``x``; None where it runs as if unpatched."""
         batch = self.state.batch
         if batch is None or not training:
             return None
         sparse = self.keep is not None and (self.worth is None or batch.pays(self.worth))
-        rows = batch.rows(sparse=sparse, loss_only=self.last and self.role in ("q", "o", "mlp"))
+        rows = batch.rows(x.device, sparse=sparse, loss_only=self.last and self.role in ("q", "o", "mlp"))
         return None if rows.skip else rows

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import SPARSE, lora_model, make_batch
+from helpers import SPARSE, assert_untouched, lora_model, make_batch, snapshot
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from sparselora_hf import SparseLoraCallback, SparseLoraConfig, sparsify
@@ -45,12 +45,10 @@ def make_trainer(folder, model, callbacks, **settings):
     return Trainer(model, args, train_dataset=rows(), eval_dataset=rows(4), callbacks=callbacks)
 
 
-def run(folder, config, resume=None, load=False, **settings):
+def run(folder, config, resume=None, **settings):
     model = lora_model()
     handle = sparsify(model, config)
     watch = _Watch(handle)
-    if load:
-        handle.load(resume)
     trainer = make_trainer(folder, model, [SparseLoraCallback(handle), watch], **settings)
     trainer.train(resume_from_checkpoint=resume)
     return trainer, handle, watch
@@ -96,7 +94,7 @@ def test_statistics_go_on_after_resuming(tmp_path, step):
     config = SPARSE.replace(criterion="static", compensation="mean")
     settings = {"save_strategy": "steps", "save_steps": 1}
     whole, _, _ = run(tmp_path, config, **settings)
-    resumed, _, _ = run(tmp_path, config, resume=str(tmp_path / f"checkpoint-{step}"), load=True, **settings)
+    resumed, _, _ = run(tmp_path, config, resume=str(tmp_path / f"checkpoint-{step}"), **settings)
     assert losses(resumed) == pytest.approx(losses(whole), rel=1e-4)
 
 
@@ -134,3 +132,65 @@ def test_one_callback_serves_two_runs(tmp_path):
     trainer.train()
     trainer.train()
     assert watch.seen == [False, False, True, True, True, False, False, False] * 2
+
+
+# a configuration in place of a handle
+
+
+def run_by_config(folder, callback, added=False, resume=None, **settings):
+    model = lora_model()
+    trainer = make_trainer(folder, model, [] if added else [callback], **settings)
+    if added:
+        trainer.add_callback(callback)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer, model
+
+
+@pytest.mark.parametrize("added", [False, True], ids=["given to the trainer", "added later"])
+def test_callback_with_a_configuration_sparsifies_the_model(tmp_path, added):
+    config = SPARSE.replace(criterion="static", compensation="mean")
+    want, _, _ = run(tmp_path, config)
+    got, _ = run_by_config(tmp_path, SparseLoraCallback(config), added)
+    assert losses(got) == losses(want)
+
+
+def test_callback_with_a_configuration_leaves_a_plain_model(tmp_path):
+    plain, model = run_by_config(tmp_path, TrainerCallback(), max_steps=1)
+    before = snapshot(model)
+    callback = SparseLoraCallback(SPARSE.replace(start_step=0))
+    for _ in range(2):
+        trainer = make_trainer(tmp_path, model, [callback], max_steps=1, learning_rate=0.0)
+        assert any("Sparse" in type(module).__name__ for module in model.modules())
+        trainer.train()
+        assert_untouched(model, before)
+        assert losses(trainer)[0] != pytest.approx(losses(plain)[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("step", [1, 3])
+@pytest.mark.parametrize("named", [False, True], ids=["found", "named in the arguments"])
+def test_callback_with_a_configuration_resumes(tmp_path, step, named):
+    config = SPARSE.replace(criterion="static", compensation="mean")
+    settings = {"save_strategy": "steps", "save_steps": 1}
+    whole, _ = run_by_config(tmp_path / "whole", SparseLoraCallback(config), **settings)
+    folder = str(tmp_path / "whole" / f"checkpoint-{step}")
+    extra = {"resume_from_checkpoint": folder} if named else {}
+    output = tmp_path / ("other" if named else "whole")
+    resumed, _ = run_by_config(output, SparseLoraCallback(config), resume=folder, **extra)
+    assert losses(resumed) == pytest.approx(losses(whole), rel=1e-4)
+
+
+def test_calibration_of_other_settings_is_not_taken(tmp_path):
+    config = SPARSE.replace(criterion="static", start_step=3)
+    settings = {"save_strategy": "steps", "save_steps": 1}
+    run_by_config(tmp_path, SparseLoraCallback(config), max_steps=2, **settings)
+    callback = SparseLoraCallback(config.replace(start_step=2))
+    with pytest.raises(RuntimeError, match="learn from dense training steps"):
+        run_by_config(tmp_path, callback, resume=str(tmp_path / "checkpoint-2"))
+
+
+def test_callback_whose_configuration_does_not_fit(tmp_path):
+    model = lora_model()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="layer 7 does not exist"):
+        make_trainer(tmp_path, model, [SparseLoraCallback(SparseLoraConfig({"7": 0.5}))])
+    assert_untouched(model, before)

@@ -23,7 +23,7 @@ class AttentionHook:
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         flat = hidden.reshape(-1, hidden.shape[-1])
         link.observe("attention", flat, module.training)
-        rows = link.rows(module.training)
+        rows = link.rows(hidden, module.training)
         if rows is None or not len(rows.sparse) or (link.layer, "qk") in link.state.batch.selections:
             return
         self._select(AttentionView.of(module, link.family), flat, rows.sparse)

@@ -14,7 +14,7 @@ __all__ = ["SlicedInput", "SlicedOutput"]
 
 def _slice(link: LayerLink, x: torch.Tensor, training: bool) -> torch.Tensor:
     """``x`` ``[..., C]`` with the dropped channels of its context rows set to zero."""
-    rows = link.rows(training)
+    rows = link.rows(x, training)
     if rows is None or not len(rows.sparse):
         return x
     flat = x.reshape(-1, x.shape[-1])
@@ -29,7 +29,7 @@ class SlicedOutput(Patched):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., r]`` to ``[..., out]``."""
-        return _slice(link_of(self), super().forward(x), self.training)
+        return _slice(link_of(self), self.dense_forward(x), self.training)
 
 
 class SlicedInput(Patched):
@@ -37,4 +37,4 @@ class SlicedInput(Patched):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., in]`` to ``[..., r]``."""
-        return super().forward(_slice(link_of(self), x, self.training))
+        return self.dense_forward(_slice(link_of(self), x, self.training))

@@ -2,6 +2,9 @@
 
 Parameters, names and `state_dict` keys do not move, and nothing but the instance changes. The classes are made on
 demand and rebuilt by `__reduce_ex__`, so a patched model can be copied and pickled.
+
+Others put a `forward` on instances: accelerate's hooks for `device_map`, Liger's kernels, kernels of the hub. It would
+hide the sparse class's own; it is set aside and serves where all channels are computed.
 """
 
 import functools
@@ -13,6 +16,7 @@ from ..state import LayerLink
 __all__ = ["Patched", "link_of", "patch", "unpatch"]
 
 _LINK = "_sparselora"
+_FORWARD = "_sparselora_forward"
 
 
 class Patched:
@@ -20,6 +24,12 @@ class Patched:
 
     _dense_class: type
     _mixin: type
+
+    def dense_forward(self, *args, **kwargs):
+        """What the module did before it was patched."""
+        if _FORWARD in self.__dict__:
+            return self.__dict__[_FORWARD](*args, **kwargs)
+        return self._dense_class.forward(self, *args, **kwargs)
 
     def __reduce_ex__(self, protocol):
         return _blank, (self._dense_class, self._mixin), self.__dict__.copy()
@@ -40,12 +50,16 @@ def patch(module: nn.Module, mixin: type, link: LayerLink) -> None:
     """Give a module the sparse variant of its class."""
     module.__class__ = _sparse_class(type(module), mixin)
     module.__dict__[_LINK] = link
+    if "forward" in module.__dict__:
+        module.__dict__[_FORWARD] = module.__dict__.pop("forward")
 
 
 def unpatch(module: nn.Module) -> None:
     """Give a patched module its class back and take everything else away."""
     module.__class__ = module._dense_class
     del module.__dict__[_LINK]
+    if _FORWARD in module.__dict__:
+        module.__dict__["forward"] = module.__dict__.pop(_FORWARD)
 
 
 def link_of(module: nn.Module) -> LayerLink:

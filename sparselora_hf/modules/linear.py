@@ -19,12 +19,12 @@ class SparseLinear(Patched):
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """``[..., in]`` to ``[..., out]``; rows that the batch does not need come back as zero."""
         link = link_of(self)
-        rows = link.rows(self.training)
+        rows = link.rows(x, self.training)
         if rows is None:
-            return super().forward(x, *args, **kwargs)
+            return self.dense_forward(x, *args, **kwargs)
         flat = x.reshape(-1, x.shape[-1])
         dense, context = split_rows(flat, rows.dense, rows.sparse)
-        y_dense = super().forward(dense, *args, **kwargs)
+        y_dense = self.dense_forward(dense, *args, **kwargs)
         y_context = self._sparse(context, link.role, link.channels()) if len(rows.sparse) else y_dense[:0]
         joined = join_rows(y_dense, y_context, rows.dense, rows.sparse, len(flat))
         return joined.view(*x.shape[:-1], joined.shape[-1])

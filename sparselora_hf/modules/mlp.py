@@ -22,14 +22,14 @@ class SparseMlp(Patched):
         """``[..., H]`` to ``[..., H]``; rows that the batch does not need come back as zero or as context rows."""
         link, flat = link_of(self), x.reshape(-1, x.shape[-1])
         link.observe("mlp", flat.detach(), self.training)
-        rows = link.rows(self.training)
+        rows = link.rows(x, self.training)
         if rows is None:
-            return super().forward(x, *args, **kwargs)
+            return self.dense_forward(x, *args, **kwargs)
         if not len(rows.sparse):
-            dense = super().forward(flat.index_select(0, rows.dense), *args, **kwargs)
+            dense = self.dense_forward(flat.index_select(0, rows.dense), *args, **kwargs)
             return join_rows(dense, dense[:0], rows.dense, rows.sparse, len(flat)).view(x.shape)
         whole, few = fork_rows(flat, rows.dense)
-        sparse, dense = self._sparse(whole, rows), super().forward(few, *args, **kwargs)
+        sparse, dense = self._sparse(whole, rows), self.dense_forward(few, *args, **kwargs)
         # a 4-bit linear computes in a type of its own and answers in that of its input
         return overlay_rows(sparse.to(dense.dtype), dense, rows.dense).view(x.shape)
 

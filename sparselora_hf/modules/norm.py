@@ -23,4 +23,4 @@ class CompactHook:
         if not self.state.compact or self.state.batch is None:
             return None
         hidden, *rest = args
-        return (hidden.reshape(-1, hidden.shape[-1])[self.state.batch.plan.head_rows][None], *rest)
+        return (hidden.reshape(-1, hidden.shape[-1])[self.state.batch.plan.head_rows.to(hidden.device)][None], *rest)

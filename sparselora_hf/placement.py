@@ -1,0 +1,88 @@
+"""Where the weights of a model are, and which engines are refused, each by name and with what to use in its place.
+
+Sparse layers read the weights of their projections themselves, a few rows or columns at a time, so each process must
+hold them whole while a layer runs. DDP and ZeRO-2 always do, FSDP2 gathers a whole decoder layer before it runs; the
+others do not, or do so behind a forward that a sparse layer does not call.
+"""
+
+import torch
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from .decoder import Layer, projections
+from .families import ModelFamily
+from .ops.quant import why_unreadable
+from .views import base_linear
+
+__all__ = ["check_engine", "check_weights"]
+
+_INSTEAD = "DDP, FSDP2 and ZeRO-2 are the ways to use several devices."
+
+
+def check_weights(layers: list[Layer], family: ModelFamily) -> None:
+    """Refuse a model some of whose weights are not whole in this process, or hold NaN.
+
+    Raises:
+        ValueError: names the weight, why it is not usable and the remedy.
+    """
+    if is_deepspeed_zero3_enabled():
+        raise ValueError(f"DeepSpeed ZeRO-3 splits frozen weights, which sparse layers need whole. {_INSTEAD}")
+    for layer in layers:
+        for role, module in projections(layer, family).items():
+            linear = base_linear(module)
+            obstacle = "" if why_unreadable(linear) else _obstacle(linear.weight)  # what is unreadable stays dense
+            if obstacle:
+                raise ValueError(f"{layer.name}: the weight of {role} {obstacle}")
+
+
+def _obstacle(weight: torch.Tensor) -> str:
+    """What is wrong with a weight and what to do; empty where nothing is."""
+    from torch.distributed.tensor import DTensor
+
+    if isinstance(weight, DTensor):
+        return f"is split over devices already, by tensor parallelism (tp_plan, tp_size) or FSDP. {_INSTEAD}"
+    if weight.is_meta:
+        return (
+            "is not in memory: it is on the meta device. Offloaded by device_map: choose a device_map without cpu and "
+            "disk. Held back on this rank by FSDP: set fsdp_cpu_ram_efficient_loading: false."
+        )
+    if weight.numel() == 0:
+        return f"is empty: DeepSpeed ZeRO-3 keeps it elsewhere. {_INSTEAD}"
+    if weight.is_floating_point() and not _is_finite(weight):
+        return "holds NaN or infinity. The checkpoint is damaged: load it again."
+    return ""
+
+
+def _is_finite(weight: torch.Tensor) -> bool:
+    # sums are taken in float32 whatever their result's type, and float16's result could overflow: asking for another
+    # type than the weight's costs 27 times the time on a CPU
+    return bool(torch.isfinite(weight.sum(dtype=torch.float32 if weight.dtype == torch.float16 else None)))
+
+
+def check_engine(n_gpu: int) -> None:
+    """Refuse a training engine that a sparse model does not run in; asked when training begins.
+
+    Args:
+        n_gpu: devices that this process alone trains on (`TrainingArguments.n_gpu`).
+
+    Raises:
+        ValueError: names the engine and what to use in its place.
+    """
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType
+
+    state = AcceleratorState()
+    kind, parallel = state.distributed_type, state.parallelism_config
+    fsdp1 = kind == DistributedType.FSDP and state.fsdp_plugin.fsdp_version == 1
+    zero3 = kind == DistributedType.DEEPSPEED and state.deepspeed_plugin.zero_stage == 3
+    refused = {
+        "DataParallel on several GPUs of one process": n_gpu > 1,
+        "FSDP version 1": fsdp1,
+        "DeepSpeed ZeRO-3": zero3,
+        "Megatron-LM": kind == DistributedType.MEGATRON_LM,
+        "tensor parallelism": parallel is not None and parallel.tp_enabled,
+        "context parallelism": parallel is not None and parallel.cp_enabled,
+        "sequence parallelism": parallel is not None and parallel.sp_enabled,
+    }
+    for engine, used in refused.items():
+        if used:
+            raise ValueError(f"SparseLoRA does not run in {engine}. {_INSTEAD}")

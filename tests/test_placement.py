@@ -1,0 +1,146 @@
+"""Where weights may be: models spread by `device_map` train sparse, engines that split weights are refused."""
+
+import types
+
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate import cpu_offload, disk_offload, dispatch_model
+from helpers import (
+    ATTENTION,
+    MLP,
+    SPARSE,
+    add_lora,
+    assert_same,
+    assert_untouched,
+    lora_model,
+    snapshot,
+    sparse_result,
+    tiny_model,
+)
+from torch import nn
+
+from sparselora_hf import TokenPlan, placement, sparsify
+from sparselora_hf.state import ActiveBatch
+
+SPARSE = SPARSE.replace(criterion="oracle")
+
+
+def spread(model: nn.Module) -> nn.Module:
+    """With accelerate's hooks on every module, as a model over two devices has them."""
+    parts = {"model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"}
+    device_map = dict.fromkeys([*parts, *(f"model.layers.{i}" for i in range(3))], "cpu")
+    return dispatch_model(model, device_map, main_device="cpu", force_hooks=True)
+
+
+@pytest.mark.parametrize("targets", [ATTENTION, ATTENTION + MLP], ids=["qkvo", "all linears"])
+def test_a_model_spread_by_device_map_is_sparse(batch, targets):
+    want = sparse_result(lora_model(targets=targets), batch, SPARSE)
+    model = add_lora(spread(tiny_model()), targets).train()
+    assert "forward" in vars(model.get_base_model().model.layers[0].mlp)
+    before = snapshot(model)
+    assert_same(sparse_result(model, batch, SPARSE), want, 1e-6)
+    assert_untouched(model, before)
+
+
+def test_a_forward_of_the_instance_serves_the_dense_rows(batch):
+    """Liger and the hub's kernels put their forward on the instance."""
+    model = lora_model()
+    want = sparse_result(model, batch, SPARSE)
+    mlp, seen = model.get_base_model().model.layers[0].mlp, []
+
+    def forward(self, x):
+        seen.append(x.shape[0] if x.dim() == 2 else x.shape[:2].numel())
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+    mlp.forward = types.MethodType(forward, mlp)
+    before = snapshot(model)
+    assert_same(sparse_result(model, batch, SPARSE), want, 1e-6)
+    assert seen == [len(TokenPlan.from_batch(batch["labels"], batch["attention_mask"]).output)]
+    assert_untouched(model, before)
+
+
+def test_rows_follow_the_module_to_its_device(batch):
+    plan = TokenPlan.from_batch(batch["labels"], batch["attention_mask"])
+    active = ActiveBatch(plan, True, frozenset({"padding", "last_layer"}))
+    for sparse, loss_only in ((True, False), (False, True), (False, False)):
+        rows = active.rows(torch.device("meta"), sparse=sparse, loss_only=loss_only)
+        assert rows.dense.is_meta and rows.sparse.is_meta
+        assert not active.rows(torch.device("cpu"), sparse=sparse, loss_only=loss_only).dense.is_meta
+
+
+def empty(model, folder):
+    model.model.layers[1].mlp.up_proj.weight.data = torch.empty(0)
+    return model
+
+
+def split(model, folder):
+    from torch.distributed.tensor import DeviceMesh, Shard, distribute_tensor
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    linear = model.model.layers[1].mlp.up_proj
+    whole = linear.weight.data
+    linear.weight = nn.Parameter(distribute_tensor(whole, DeviceMesh("cpu", [0]), [Shard(0)]), requires_grad=False)
+    return model
+
+
+REFUSED = {
+    "offloaded to the cpu": (
+        lambda model, folder: cpu_offload(model),
+        r"layers\.0: .* meta device.* without cpu and disk",
+    ),
+    "offloaded to disk": (disk_offload, r"layers\.0: .* meta device.* without cpu and disk"),
+    "empty, as under ZeRO-3": (empty, r"layers\.1: the weight of up is empty: DeepSpeed ZeRO-3 .*ZeRO-2"),
+    "split by tensor parallelism": (split, r"layers\.1: the weight of up is split .*tensor parallelism \(tp_plan"),
+}
+
+
+@pytest.mark.parametrize(("place", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_weights_that_are_not_whole_are_refused(tmp_path, place, message):
+    try:
+        model = place(add_lora(tiny_model()).get_base_model(), str(tmp_path))
+        classes = [type(module) for module in model.modules()]
+        with pytest.raises(ValueError, match=message):
+            sparsify(model, SPARSE)
+        assert [type(module) for module in model.modules()] == classes
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def test_zero_3_is_refused_before_its_weights_are_split(monkeypatch):
+    monkeypatch.setattr(placement, "is_deepspeed_zero3_enabled", lambda: True)
+    model = lora_model()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"ZeRO-3 splits frozen weights.*ZeRO-2 are the ways"):
+        sparsify(model, SPARSE)
+    assert_untouched(model, before)
+
+
+def parallel(**enabled):
+    kinds = ("tp_enabled", "cp_enabled", "sp_enabled")
+    return {"parallelism_config": types.SimpleNamespace(**dict.fromkeys(kinds, False) | enabled)}
+
+
+ENGINES = {
+    "DataParallel": {"n_gpu": 2},
+    "FSDP version 1": {"distributed_type": "FSDP", "fsdp_plugin": types.SimpleNamespace(fsdp_version=1)},
+    "ZeRO-3": {"distributed_type": "DEEPSPEED", "deepspeed_plugin": types.SimpleNamespace(zero_stage=3)},
+    "Megatron-LM": {"distributed_type": "MEGATRON_LM"},
+    "tensor parallelism": parallel(tp_enabled=True),
+    "context parallelism": parallel(cp_enabled=True),
+    "sequence parallelism": parallel(sp_enabled=True),
+    None: {"distributed_type": "FSDP", "fsdp_plugin": types.SimpleNamespace(fsdp_version=2), **parallel()},
+}
+
+
+@pytest.mark.parametrize(("engine", "state"), ENGINES.items(), ids=str)
+def test_engines(monkeypatch, engine, state):
+    state = {"distributed_type": "NO", "parallelism_config": None} | state
+    n_gpu = state.pop("n_gpu", 1)
+    monkeypatch.setattr("accelerate.state.AcceleratorState", lambda: types.SimpleNamespace(**state))
+    if engine is None:
+        placement.check_engine(n_gpu)
+        return
+    with pytest.raises(ValueError, match=f"does not run in .*{engine}.*ZeRO-2 are the ways"):
+        placement.check_engine(n_gpu)
