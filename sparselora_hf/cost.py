@@ -173,12 +173,16 @@ class _Layer:
         return products
 
     def stand_in(self, rank: int) -> list[_Product]:
-        """Products of the low-rank stand-in: hidden to rank, rank to hidden and rank to the kept channels."""
+        """Products of the low-rank stand-in: hidden to rank and rank to the kept channels; `closing` has the last."""
         _, sparse = self.rows("down_proj")
         if not rank or not sparse:
             return []
-        hidden = self.model.hidden
-        return [_Product(sparse, hidden, rank), _Product(sparse, rank, hidden), _Product(sparse, rank, self.mlp_keep)]
+        return [_Product(sparse, self.model.hidden, rank), _Product(sparse, rank, self.mlp_keep)]
+
+    def closing(self, rank: int) -> list[_Product]:
+        """Products that close the MLP: `down_proj`, and the stand-in's map from rank to hidden."""
+        _, sparse = self.rows("down_proj")
+        return [*self.frozen(["down_proj"]), _Product(sparse if rank else 0, rank, self.model.hidden)]
 
     def scores(self, rank: int) -> list[_Product]:
         """Products of the SVD estimator: full width for the MLP, Gram matrices of the rank for attention."""
@@ -189,10 +193,10 @@ class _Layer:
         return factors + [_Product(attention, hidden, rank, 0), _Product(attention, rank, rank, 0)] * 3
 
     def core(self) -> Work:
-        """QKᵀ and AV over the causal half; backward has two products for each."""
+        """QKᵀ and AV over the causal half; backward has two products for each, and fused kernels form QKᵀ again."""
         pairs = self.batch.batch * self.batch.sequence * (self.batch.sequence + 1) / 2
-        forward = 2.0 * 2.0 * pairs * self.model.query_width
-        return Work(forward, 2.0 * forward)
+        product = 2.0 * pairs * self.model.query_width
+        return Work(2.0 * product, 5.0 * product)
 
 
 def _sum(products: Iterable[_Product]) -> Work:
@@ -215,15 +219,22 @@ def layer_cost(
     """Cost of one decoder layer; the arguments are those of `step_cost`, for a single layer."""
     last = layer == model.layers - 1
     part = _Layer(model, batch, lora, mlp_keep, attention_keep, tuple(exact), layer == 0, last)
+    inner = part.frozen(name for name in model.mlp_names if name != "down_proj")
     products = {
-        "mlp": part.frozen(model.mlp_names) + part.stand_in(compensation_rank),
+        "mlp": inner + part.stand_in(compensation_rank),
         "projections": part.frozen((*_INPUT_SIDE, "o_proj")),
         "lora": part.adapters(),
     }
+    closing = part.closing(compensation_rank)
     works = {group: _sum(group_products) for group, group_products in products.items()} | {"attention": part.core()}
     if checkpointing:
         works = {group: work + Work(0.0, work.forward) for group, work in works.items()}
+    # recomputation ends with the last tensor that backward needs, before a frozen product that closes the layer
+    closing_again = checkpointing and "down_proj" in lora.targets
+    last_work = _sum(closing)
+    works["mlp"] += last_work + (Work(0.0, last_work.forward) if closing_again else Work())
     moved = sum(product.bytes(checkpointing) for group_products in products.values() for product in group_products)
+    moved += sum(product.bytes(closing_again) for product in closing)
     return StepCost(**works, estimator=_sum(part.scores(rank)), bytes=moved)
 
 
@@ -249,7 +260,8 @@ def step_cost(
         mlp_keep: MLP channels kept per layer, None for a dense layer; left out, all layers are dense.
         attention_keep: the same for key and value channels, each standing for `heads / kv_heads` query channels.
         exact: savings that change no number, names out of `config.EXACT_SAVINGS`.
-        checkpointing: adds a forward pass of the layers to backward; channel sets are not scored again.
+        checkpointing: adds a forward pass of the layers to backward (the non-reentrant kind, which ends before a
+            closing product without an adapter); channel sets are not scored again.
         rank: rank of the SVD estimator that scores all context tokens; 0 leaves scoring out.
         compensation_rank: rank of the stand-in of sparse MLPs; 0 is none.
         head: positions that TRL scores by itself, ``all`` (CPU) or ``labels`` (GPU). Its fused head computes the

@@ -65,7 +65,7 @@ def test_dense_layer_groups():
     assert cost.lora.forward == 2 * 10 * 2 * ((8 + 8) + (8 + 4) + (8 + 4) + (8 + 8))
     assert cost.mlp.backward == cost.mlp.forward
     assert cost.lora.backward == 2 * cost.lora.forward
-    assert cost.attention.backward == 2 * cost.attention.forward
+    assert cost.attention.backward == 2.5 * cost.attention.forward  # five products for two
     assert cost.head.total == cost.estimator.total == 0
 
 
@@ -112,12 +112,15 @@ def test_head_has_three_products(options, rows):
     assert step_cost(TINY, SMALL, NO_LORA, **options).head.total == 3 * 2 * rows * 8 * 10
 
 
-def test_checkpointing_adds_a_forward_of_the_layers():
-    lora, options = LoraShape(2), {"mlp_keep": [None, 4, None], "rank": 2}
+@pytest.mark.parametrize("adapted", [False, True], ids=["frozen down_proj", "adapter on down_proj"])
+def test_checkpointing_adds_a_forward_of_the_layers(adapted):
+    lora = LoraShape(2, ("q_proj", "down_proj") if adapted else ("q_proj",))
+    options = {"mlp_keep": [None, 4, None], "rank": 2}
     plain = step_cost(TINY, SMALL, lora, **options)
     again = step_cost(TINY, SMALL, lora, checkpointing=True, **options)
     layers = plain.forward - plain.head.forward - plain.estimator.forward
-    assert again.backward - plain.backward == pytest.approx(layers)
+    down = 2 * 8 * (2 * 10 * 20 + 5 * 20 + 5 * 4)  # two dense layers; one with 5 rows whole, 5 rows on 4 channels
+    assert again.backward - plain.backward == pytest.approx(layers - (0 if adapted else down))
     assert again.forward == plain.forward
     assert again.bytes > plain.bytes
 
