@@ -25,6 +25,7 @@ from .modules.branch import SlicedInput, SlicedOutput
 from .modules.classes import Patched, patch
 from .modules.detach import DetachHook
 from .modules.forward import ForwardHook
+from .modules.layout import TrainingLayout
 from .modules.linear import SparseLinear
 from .modules.lora import is_plain_lora
 from .modules.mlp import SparseMlp
@@ -112,6 +113,7 @@ def sparsify(
     state = SparseState(config, criterion, calibration, Meter(shape))
     handle = SparseLoraHandle(model, state, family)
     try:
+        handle._hooks.append(TrainingLayout(model))
         for layer in layers:
             handle._hooks += RecallHooks(state).register(layer.module, layer.attention)
             _patch_layer(handle, layer, last=layer.number == len(layers) - 1)

@@ -6,11 +6,12 @@ others do not, or do so behind a forward that a sparse layer does not call.
 """
 
 import torch
+from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .decoder import Layer, projections
 from .families import ModelFamily
-from .ops.quant import why_unreadable
+from .ops.quant import is_repacked, why_unreadable
 from .views import base_linear
 
 __all__ = ["check_engine", "check_weights"]
@@ -29,21 +30,27 @@ def check_weights(layers: list[Layer], family: ModelFamily) -> None:
     for layer in layers:
         for role, module in projections(layer, family).items():
             linear = base_linear(module)
-            obstacle = "" if why_unreadable(linear) else _obstacle(linear.weight)  # what is unreadable stays dense
+            obstacle = "" if why_unreadable(linear) else _obstacle(linear)  # what is unreadable stays dense
             if obstacle:
                 raise ValueError(f"{layer.name}: the weight of {role} {obstacle}")
 
 
-def _obstacle(weight: torch.Tensor) -> str:
+def _obstacle(linear: nn.Module) -> str:
     """What is wrong with a weight and what to do; empty where nothing is."""
     from torch.distributed.tensor import DTensor
 
+    weight = linear.weight
     if isinstance(weight, DTensor):
         return f"is split over devices already, by tensor parallelism (tp_plan, tp_size) or FSDP. {_INSTEAD}"
     if weight.is_meta:
         return (
             "is not in memory: it is on the meta device. Offloaded by device_map: choose a device_map without cpu and "
             "disk. Held back on this rank by FSDP: set fsdp_cpu_ram_efficient_loading: false."
+        )
+    if is_repacked(linear):
+        return (
+            "has no gradients: bitsandbytes has repacked it for inference on this CPU. Load the model again, and "
+            "train before you evaluate or generate."
         )
     if weight.numel() == 0:
         return f"is empty: DeepSpeed ZeRO-3 keeps it elsewhere. {_INSTEAD}"

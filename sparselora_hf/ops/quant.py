@@ -23,6 +23,7 @@ __all__ = [
     "Weight4bit",
     "Weight8bit",
     "frozen_weight",
+    "is_repacked",
     "read_columns",
     "read_rows",
     "read_whole",
@@ -302,6 +303,12 @@ def why_unreadable(linear: nn.Module) -> str:
         return f"a {name}, not a plain linear"
     weight = type(linear.weight)
     return f"a linear with a {weight.__name__}: {hint}" if weight.__module__.startswith("torchao.") else ""
+
+
+def is_repacked(linear: nn.Module) -> bool:
+    """Whether bitsandbytes has turned a 4-bit weight into the layout of its CPU kernel for inference."""
+    # an attribute that only repacking sets
+    return _kind(linear) is Weight4bit and bool(vars(linear.weight.quant_state).get("packing_format_for_cpu"))
 
 
 def read_rows(weight: FrozenWeight, index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
