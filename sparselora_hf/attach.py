@@ -4,8 +4,8 @@ Everything is checked before the first module is touched. Nothing global changes
 meet, and `SparseLoraHandle.restore` returns the model bit for bit.
 """
 
-import dataclasses
 import time
+from collections.abc import Iterator
 
 from torch import nn
 from tqdm.auto import tqdm
@@ -15,11 +15,11 @@ from .calibration import Calibration
 from .config import SparseLoraConfig
 from .cost import ModelShape
 from .criteria import CRITERIA
-from .decoder import Layer, causal_model, decoder_layers, projections
+from .decoder import Layer, causal_model, decoder_layers, language_decoder
 from .families import ModelFamily, find_family
 from .handle import Decision, SparseLoraHandle
-from .layers import kept_channels
-from .meter import Meter, Part
+from .meter import Meter
+from .meter import Part as Metered
 from .modules.attention import AttentionHook
 from .modules.branch import SlicedInput, SlicedOutput
 from .modules.classes import Patched, patch
@@ -27,21 +27,22 @@ from .modules.detach import DetachHook
 from .modules.forward import ForwardHook
 from .modules.layout import TrainingLayout
 from .modules.linear import SparseLinear
-from .modules.lora import is_plain_lora
 from .modules.mlp import SparseMlp
 from .modules.norm import CompactHook
 from .modules.recall import RecallHooks
-from .ops.quant import frozen_weight, why_unreadable
+from .parts import Part, attention_part, decide, mlp_part
 from .placement import check_weights
+from .selfcheck import difference
 from .state import LayerLink, SparseState
 from .svd import LowRank
 from .svd_cache import SvdCache
-from .views import AttentionView, MlpView, base_linear
-from .worth import Worth, attention_worth, mlp_worth
+from .views import AttentionView, MlpView, Projection, base_linear, part_of
 
-__all__ = ["check_model", "sparsify"]
+__all__ = ["attach", "check_model", "sparsify"]
 
-_MLP, _ATTENTION = ("gate", "up", "down"), ("q", "k", "v", "o")
+logger = logging.get_logger(__name__)
+
+_EXPERTS = "experts stay dense"
 
 
 def check_model(model: nn.Module, config: SparseLoraConfig, family: ModelFamily | None = None) -> ModelFamily:
@@ -54,14 +55,18 @@ def check_model(model: nn.Module, config: SparseLoraConfig, family: ModelFamily 
         ValueError: unknown family, a layer that does not exist, a rank above a weight's, a weight that holds NaN or
             is not whole in this process.
     """
-    base = causal_model(model)
-    text_config = base.config.get_text_config()
+    family = _check_config(model, config, family)
+    check_weights(list(decoder_layers(model, config, family)), family)
+    return family
+
+
+def _check_config(model: nn.Module, config: SparseLoraConfig, family: ModelFamily | None) -> ModelFamily:
+    text_config = causal_model(model).config.get_text_config()
     family = family or find_family(text_config.model_type)
     config.layer_sparsity(text_config.num_hidden_layers)
     smallest = min(text_config.hidden_size, text_config.intermediate_size)
     if config.is_sparse and CRITERIA[config.criterion].needs_factors and config.rank > smallest:
         raise ValueError(f"rank: {config.rank} exceeds {smallest}, the smallest side of a weight. Lower the rank.")
-    check_weights(list(decoder_layers(model, config, family)), family)
     return family
 
 
@@ -98,28 +103,37 @@ def sparsify(
     Raises:
         ValueError: the configuration does not fit the model; the model is untouched then.
     """
+    return attach(model, config, check_model(model, config, family), progress)
+
+
+def attach(
+    model: nn.Module, config: SparseLoraConfig, family: ModelFamily, progress: bool | None = None
+) -> SparseLoraHandle:
+    """`sparsify` for a model whose weights have been through `check_model`: a pass over all of them is saved."""
     start = time.perf_counter()
-    family = check_model(model, config, family)
+    _check_config(model, config, family)
     _check_adapters(model)
     if config.kernels == "triton":
         raise ValueError('kernels: "triton" is not available in this version. Use "auto" or "torch".')
     if any(isinstance(module, Patched) for module in model.modules()):
         raise ValueError("The model is sparse already. Call restore() on its handle first.")
+    text_config = causal_model(model).config.get_text_config()
+    normalised = family.normalises_queries(text_config)
     layers = list(decoder_layers(model, config, family))
-    factors = _factors(layers, config, family, progress) if CRITERIA[config.criterion].needs_factors else {}
+    plans = [(layer, *plan) for layer in layers for plan in _plan(layer, config, family, normalised)]
+    factors = _factors(plans, config, family, progress) if CRITERIA[config.criterion].needs_factors else {}
     calibration = Calibration(config)
     criterion = CRITERIA[config.criterion](factors, calibration, config)
-    shape = ModelShape.from_config(causal_model(model).config)
-    state = SparseState(config, criterion, calibration, Meter(shape))
-    handle = SparseLoraHandle(model, state, family)
+    shape = ModelShape.from_config(causal_model(model).config, family)
+    handle = SparseLoraHandle(model, SparseState(config, criterion, calibration, Meter(shape)), family)
     try:
         handle._hooks.append(TrainingLayout(model))
         for layer in layers:
-            handle._hooks += RecallHooks(state).register(layer.module, layer.attention)
-            _patch_layer(handle, layer, last=layer.number == len(layers) - 1)
-        base = causal_model(model)
-        handle._hooks += ForwardHook(state).register(base)
-        handle._hooks += CompactHook(state).register(getattr(base.base_model, family.norm))
+            handle._hooks += RecallHooks(handle.state).register(layer.module, layer.attention)
+        for layer, part, decision in plans:
+            _patch_part(handle, layer, part, decision, last=layer.number == len(layers) - 1)
+        handle._hooks += ForwardHook(handle.state).register(causal_model(model))
+        handle._hooks += CompactHook(handle.state).register(part_of(language_decoder(model), family, "norm"))
         _detach_lowest(handle)
     except BaseException:
         handle.restore()
@@ -128,120 +142,77 @@ def sparsify(
     return handle
 
 
-def _detach_lowest(handle: SparseLoraHandle) -> None:
-    """Let gradients end at the lowest layer with a trainable parameter, unless something below it is trained."""
-    base = causal_model(handle.model)
-    layers = getattr(base.base_model, handle.family.layers)
-    lowest = next((layer for layer in layers if any(p.requires_grad for p in layer.parameters())), None)
-    embeddings = base.get_input_embeddings().parameters()
-    if "frozen_below" in handle.config.exact and lowest is not None and not any(p.requires_grad for p in embeddings):
-        handle._hooks += DetachHook(handle.state).register(lowest)
-
-
-def _why_dense(modules: dict[str, nn.Module]) -> str:
-    """Reason why a part of a layer cannot be sparse; empty where it can."""
-    for role, module in modules.items():
-        base = base_linear(module)
-        unreadable = why_unreadable(base)
-        if unreadable:
-            return f"{role} is {unreadable}"
-        if base.weight.requires_grad:
-            return f"the weight of {role} is trained"
-        if role in _MLP and not is_plain_lora(module):
-            return f"the adapter on {role} is not plain LoRA"
-    return ""
+def _plan(
+    layer: Layer, config: SparseLoraConfig, family: ModelFamily, normalised: bool
+) -> Iterator[tuple[Part | None, Decision]]:
+    """What becomes of each part of a layer; experts are no part, but the report names them."""
+    attention = attention_part(layer, family, normalised)
+    yield attention, decide(attention, config)
+    if layer.mlp is not None:
+        mlp = mlp_part(layer, family, config)
+        yield mlp, decide(mlp, config)
+    if layer.experts:
+        yield None, Decision(f"{layer.name}.{family.mlp}.{family.experts}", "dense", 0, 0, _EXPERTS)
 
 
 def _factors(
-    layers: list[Layer], config: SparseLoraConfig, family: ModelFamily, progress: bool | None
+    plans: list[tuple[Layer, Part | None, Decision]],
+    config: SparseLoraConfig,
+    family: ModelFamily,
+    progress: bool | None,
 ) -> dict[tuple[int, str], LowRank]:
     """SVD factors of every weight that a sparse module is scored by, in the weight's own type."""
-    wanted = []
-    for layer in layers:
-        roles = (("gate", "up") if layer.mlp_sparsity else ()) + (("q", "k", "v") if layer.attention_sparsity else ())
-        modules = projections(layer, family)
-        linears = [((layer.number, role), base_linear(modules[role])) for role in roles]
-        wanted += [(key, linear) for key, linear in linears if not why_unreadable(linear)]
+    wanted: list[tuple[tuple[int, str], Projection]] = []
+    for layer, part, decision in plans:
+        if decision.outcome == "sparse":
+            view = MlpView.of(layer.mlp, family) if part.is_mlp else AttentionView.of(layer.attention, family)
+            roles = view.inputs if "mlp" in part.kinds or "qk" in part.kinds else ("v",)
+            wanted += [((layer.number, role), view.inputs[role]) for role in roles]
     cache = SvdCache(config.cache_dir)
     show = logging.is_progress_bar_enabled() if progress is None else progress
     bar = tqdm(wanted, desc="SparseLoRA: SVD of the frozen weights", disable=not (show and wanted))
     factors = {}
-    for key, linear in bar:
-        weight = frozen_weight(linear)
+    for key, projection in bar:
+        weight = projection.weight
         factors[key] = cache.factors(weight, config.rank, config.seed).to(weight.device, weight.dtype)
     return factors
 
 
-def _patch_layer(handle: SparseLoraHandle, layer: Layer, last: bool) -> None:
-    for part in (_attention_part(handle, layer), _mlp_part(handle, layer)):
-        decision = _decide(handle, part)
-        handle.decisions.append(decision)
-        parts = handle.state.meter.mlp if part.links == ("mlp",) else handle.state.meter.attention
-        parts.append(Part(part.width, decision.keep, part.worth if handle.config.dense_if_slower else None))
-        if decision.outcome == "dense":
-            continue
-        keep, worth = (decision.keep, part.worth) if decision.outcome == "sparse" else (None, None)
-        worth = worth if handle.config.dense_if_slower else None
-        links = {r: LayerLink(handle.state, layer.number, r, keep, last, handle.family, worth) for r in part.links}
-        if "mlp" in links:
-            _patch(handle, part.module, SparseMlp, links["mlp"])
-        else:
-            _patch_attention(handle, part, links)
+def _patch_part(handle: SparseLoraHandle, layer: Layer, part: Part | None, decision: Decision, last: bool) -> None:
+    """Patch one part, unless it is to stay dense or turns out not to be itself at sparsity 0."""
+    if decision.outcome != "dense":
+        patched, hooks = len(handle._patched), len(handle._hooks)
+        _give_classes(handle, layer, part, decision, last)
+        reason = difference(handle.state, layer.number, part, handle.family)
+        if reason:
+            logger.warning(f"SparseLoRA: {part.name} stays dense: {reason}.")
+            handle.undo(patched, hooks)
+            decision = Decision(part.name, "dense", part.width, part.width, reason)
+    handle.decisions.append(decision)
+    meter, worth = handle.state.meter, part.worth if part and handle.config.dense_if_slower else None
+    if part is None and layer.mlp is not None:
+        return  # counted as the MLP beside the experts
+    figures = Metered(decision.width, decision.keep, worth)
+    (meter.attention if part and not part.is_mlp else meter.mlp).append(figures)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Part:
-    """Attention or MLP of one layer: its module and projections, the sparsity asked for and what it would gain."""
+def _give_classes(handle: SparseLoraHandle, layer: Layer, part: Part, decision: Decision, last: bool) -> None:
+    sparse = decision.outcome == "sparse"
+    worth = part.worth if sparse and handle.config.dense_if_slower else None
 
-    name: str
-    module: nn.Module
-    projections: dict[str, nn.Module]
-    links: tuple[str, ...]
-    width: int
-    keep: int
-    worth: Worth
+    def link(role: str) -> LayerLink:
+        drops = sparse and not (role in ("q", "k") and "qk" not in part.kinds)
+        keep = decision.keep if drops else None
+        return LayerLink(handle.state, layer.number, role, keep, last, handle.family, worth)
 
-
-def _attention_part(handle: SparseLoraHandle, layer: Layer) -> _Part:
-    view = AttentionView.of(layer.attention, handle.family)
-    modules = {role: getattr(view, role) for role in _ATTENTION}
-    query = base_linear(view.q)
-    keep = kept_channels(view.layout.kv_width, layer.attention_sparsity)
-    worth = attention_worth(query.in_features, view.layout, keep, query.weight.device.type)
-    name = f"{layer.name}.{handle.family.attention}"
-    links = (*_ATTENTION, "attention")
-    return _Part(name, layer.attention, modules, links, view.layout.kv_width, keep, worth)
-
-
-def _mlp_part(handle: SparseLoraHandle, layer: Layer) -> _Part:
-    view, config = MlpView.of(layer.mlp, handle.family), handle.config
-    modules = {role: getattr(view, role) for role in _MLP}
-    gate = base_linear(view.gate)
-    keep = kept_channels(view.width, layer.mlp_sparsity)
-    rank = config.compensation_rank if config.compensation == "low_rank" else 0
-    worth = mlp_worth(gate.in_features, view.width, keep, rank, gate.weight.device.type)
-    return _Part(f"{layer.name}.{handle.family.mlp}", layer.mlp, modules, ("mlp",), view.width, keep, worth)
-
-
-def _decide(handle: SparseLoraHandle, part: _Part) -> Decision:
-    """What becomes of a part: sparse, exact savings alone, or dense."""
-    otherwise = "exact" if handle.config.exact else "dense"
-    obstacle = _why_dense(part.projections)
-    if obstacle:
-        return Decision(part.name, "dense", part.width, part.width, obstacle)
-    if part.keep == part.width:
-        return Decision(part.name, otherwise, part.width, part.width)
-    if handle.config.dense_if_slower and not part.worth.ever:
-        return Decision(part.name, otherwise, part.width, part.width, "would not be faster sparse")
-    return Decision(part.name, "sparse", part.width, part.keep)
-
-
-def _patch_attention(handle: SparseLoraHandle, part: _Part, links: dict[str, LayerLink]) -> None:
-    for role, module in part.projections.items():
-        _patch(handle, base_linear(module), SparseLinear, links[role])
-        if handle.config.lora_branch == "sliced" and links[role].keep is not None:
-            _slice_branch(handle, module, links[role])
-    hook = AttentionHook(links["attention"])
+    if part.is_mlp:
+        _patch(handle, part.module, SparseMlp, link("mlp"))
+        return
+    for role, module in part.modules.items():
+        _patch(handle, base_linear(module), SparseLinear, link(role))
+        if handle.config.lora_branch == "sliced" and link(role).keep is not None:
+            _slice_branch(handle, module, link(role))
+    hook = AttentionHook(link("attention"), part.kinds)
     handle._hooks.append(part.module.register_forward_pre_hook(hook, with_kwargs=True))
 
 
@@ -256,3 +227,27 @@ def _slice_branch(handle: SparseLoraHandle, module: nn.Module, link: LayerLink) 
 def _patch(handle: SparseLoraHandle, module: nn.Module, mixin: type, link: LayerLink) -> None:
     patch(module, mixin, link)
     handle._patched.append(module)
+
+
+def _detach_lowest(handle: SparseLoraHandle) -> None:
+    """Let gradients end at the lowest layer with a trainable parameter, unless something below it is trained."""
+    if "frozen_below" not in handle.config.exact:
+        return
+    decoder = language_decoder(handle.model)
+    layers = part_of(decoder, handle.family, "layers")
+    lowest = next((layer for layer in layers if any(p.requires_grad for p in layer.parameters())), None)
+    below = _trained_below(handle.model, layers, part_of(decoder, handle.family, "norm"))
+    if below:
+        handle.state.withheld["frozen_below"] = f"{below} is trained and lies below the decoder layers"
+    elif lowest is not None:
+        handle._hooks += DetachHook(handle.state).register(lowest)
+
+
+def _trained_below(model: nn.Module, layers: nn.Module, norm: nn.Module) -> str:
+    """Name of a trainable parameter that feeds the decoder layers; empty where there is none."""
+    base = causal_model(model)
+    above = [layers, norm, base.get_output_embeddings()]
+    not_below = {id(p) for module in above for p in module.parameters()}
+    not_below -= {id(p) for p in base.get_input_embeddings().parameters()}  # a tied head is both
+    names = (name for name, p in base.named_parameters() if p.requires_grad and id(p) not in not_below)
+    return next(names, "")

@@ -12,10 +12,11 @@ from .channels import top_channels
 from .config import SparseLoraConfig
 from .distributed import agree
 from .ops.mlp import StandIn
+from .ops.quant import read_whole
 from .reservoir import Reservoir
 from .standin import fit_fixed_set, fit_stand_in
-from .svd import LowRank, dense_weight, truncated_svd
-from .views import AttentionView, MlpView, base_linear
+from .svd import LowRank, truncated_svd
+from .views import AttentionView, MlpView, Projection
 
 __all__ = ["Calibration"]
 
@@ -59,11 +60,11 @@ class Calibration:
         x = self.reservoir.get(f"mlp.{layer}")
         h = view.channels(x).float()
         if self.config.criterion == "svd_whitened":
-            self._whiten(layer, {"gate": view.gate, "up": view.up}, x)
+            self._whiten(layer, view.inputs, x)
         if self.config.criterion == "static":
             self.scores[layer, "mlp"] = h.norm(dim=0)
         if self.config.compensation != "none":
-            self.stand_ins[layer] = self._stand_in(layer, x.float(), h, dense_weight(base_linear(view.down)), keep)
+            self.stand_ins[layer] = self._stand_in(layer, x.float(), h, read_whole(view.down.weight), keep)
 
     def _stand_in(self, layer: int, x: torch.Tensor, h: torch.Tensor, down: torch.Tensor, keep: int) -> StandIn:
         rank = self.config.compensation_rank if self.config.compensation == "low_rank" else 0
@@ -80,20 +81,20 @@ class Calibration:
         """Fit what the configuration asks for of one attention module."""
         x = self.reservoir.get(f"attention.{layer}")
         if self.config.criterion == "svd_whitened":
-            self._whiten(layer, {role: getattr(view, role) for role in ("q", "k", "v")}, x)
+            self._whiten(layer, view.inputs, x)
         if self.config.criterion == "static":
             norms = {role: view.project(role, x).float().norm(dim=0) for role in ("q", "k", "v")}
             self.scores[layer, "vo"] = norms["v"]
             self.scores[layer, "qk"] = view.layout.pool_queries(norms["q"]) * norms["k"]
 
-    def _whiten(self, layer: int, modules: dict[str, torch.nn.Module], x: torch.Tensor) -> None:
+    def _whiten(self, layer: int, inputs: dict[str, Projection], x: torch.Tensor) -> None:
         """SVD of ``W L`` with ``L Lᵀ`` the second moment of the inputs: the factors err least where inputs are."""
         x = x.float()
         moment = x.t() @ x / len(x)
         moment.diagonal().add_(1e-3 * moment.diagonal().mean() + torch.finfo(x.dtype).tiny)
         root = torch.linalg.cholesky(moment)
-        for role, module in modules.items():
-            weight = dense_weight(base_linear(module))
+        for role, projection in inputs.items():
+            weight = read_whole(projection.weight)
             factors = truncated_svd(weight.float() @ root, self.config.rank, self.config.seed)
             down = torch.linalg.solve_triangular(root, factors.down, upper=False, left=False)
             self.factors[layer, role] = LowRank(down, factors.up).to(weight.device, weight.dtype)

@@ -8,7 +8,7 @@ import dataclasses
 
 import torch
 
-__all__ = ["ChannelSelection", "HeadLayout", "top_channels"]
+__all__ = ["ChannelSelection", "HeadLayout", "Share", "top_channels"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +40,30 @@ class HeadLayout:
         first = head * self.groups * self.head_dim + index % self.head_dim  # [K]
         offsets = torch.arange(self.groups, device=index.device) * self.head_dim  # [g]
         return (first[:, None] + offsets).flatten().sort().values
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """Output channels of one role in a fused linear: ``span`` of every ``stride`` rows, the ``first`` skipped.
+
+    Rows that lie together are one span, as long as the share, and ``stride`` is the linear's whole height.
+    """
+
+    first: int
+    span: int
+    stride: int
+
+    def width(self, height: int) -> int:
+        """Channels of the role in a fused linear of so many rows."""
+        return height // self.stride * self.span
+
+    def rows(self, index: torch.Tensor) -> torch.Tensor:
+        """Rows of the fused linear that hold the role's channels ``index``."""
+        return torch.div(index, self.span, rounding_mode="floor") * self.stride + self.first + index % self.span
+
+    def take(self, fused: torch.Tensor) -> torch.Tensor:
+        """The role's rows of a weight ``[out, in]`` or entries of a bias ``[out]``; a view where they lie together."""
+        return fused.unflatten(0, (-1, self.stride)).narrow(1, self.first, self.span).flatten(0, 1)
 
 
 @dataclasses.dataclass(frozen=True)

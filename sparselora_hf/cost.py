@@ -304,11 +304,13 @@ def _per_layer(field: str, keep: Sequence[int | None] | None, model: ModelShape)
 def keep_lists(config: SparseLoraConfig, model: ModelShape) -> tuple[list[int | None], list[int | None]]:
     """MLP channels and key/value channels that a configuration keeps per layer, None where a layer is dense."""
     mlp, attention = config.layer_sparsity(model.layers)
+    able = model.intermediate if model.sparse_mlp is None else model.sparse_mlp
+    dense = model.intermediate - able  # channels of experts
 
-    def kept(width: int, sparsities: list[float]) -> list[int | None]:
-        return [kept_channels(width, sparsity) if sparsity else None for sparsity in sparsities]
+    def kept(width: int, sparsities: list[float], beside: int = 0) -> list[int | None]:
+        return [beside + kept_channels(width, sparsity) if sparsity and width else None for sparsity in sparsities]
 
-    return kept(model.intermediate, mlp), kept(model.kv_width, attention)
+    return kept(able, mlp, dense), kept(model.kv_width, attention)
 
 
 def bound(dense: StepCost, sparse: StepCost) -> float:

@@ -1,6 +1,6 @@
 """Channel criteria: how the channels of a layer are scored for one batch. Every score is an L2 norm over tokens.
 
-* MLP: ``‖act(x W_gᵀ) ⊙ (x W_uᵀ)‖`` per intermediate channel.
+* MLP: ``‖act(x W_gᵀ) ⊙ (x W_uᵀ)‖`` per intermediate channel, ``‖act(x W_uᵀ)‖`` without a gate.
 * VO: ``‖x W_vᵀ‖`` per value channel.
 * QK: ``‖x W_qᵀ‖ · ‖x W_kᵀ‖`` per key channel, the query norms pooled over the heads that share it.
 
@@ -16,7 +16,7 @@ from .calibration import Calibration
 from .config import SparseLoraConfig
 from .ops.transfer import to_device
 from .svd import LowRank
-from .views import AttentionView, MlpView, base_linear
+from .views import AttentionView, MlpView
 
 __all__ = ["CRITERIA", "Criterion"]
 
@@ -96,12 +96,11 @@ class SvdCriterion(Criterion):
     needs_factors = True
 
     def mlp(self, layer: int, view: MlpView, x: torch.Tensor, step: int) -> torch.Tensor:
-        """Scores of MLP channels from the factors of gate and up, ``[N]``."""
-        gate, up = self._factor(layer, "gate"), self._factor(layer, "up")
-        gate_bias, up_bias = base_linear(view.gate).bias, base_linear(view.up).bias
+        """Scores of MLP channels from the factors of its inputs, ``[N]``."""
+        inputs = [(self._factor(layer, role), projection.bias) for role, projection in view.inputs.items()]
 
         def channels(rows: torch.Tensor) -> torch.Tensor:
-            return view.activation(_biased(gate(rows), gate_bias)) * _biased(up(rows), up_bias)
+            return view.combine([_biased(factor(rows), bias) for factor, bias in inputs])
 
         return self._missed(layer, channels, x)
 

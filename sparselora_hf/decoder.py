@@ -8,9 +8,9 @@ from transformers import PreTrainedModel
 
 from .config import SparseLoraConfig
 from .families import ModelFamily
-from .views import AttentionView, MlpView
+from .views import AttentionView, MlpView, part_of
 
-__all__ = ["Layer", "causal_model", "decoder_layers", "projections"]
+__all__ = ["Layer", "causal_model", "decoder_layers", "language_decoder", "projections"]
 
 
 def causal_model(model: nn.Module) -> PreTrainedModel:
@@ -20,36 +20,65 @@ def causal_model(model: nn.Module) -> PreTrainedModel:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
+def language_decoder(model: nn.Module) -> nn.Module:
+    """The stack of decoder layers: of a vision-language model, its language tower."""
+    return causal_model(model).get_decoder()
+
+
 @dataclasses.dataclass
 class Layer:
-    """One decoder layer: its number, its name in the model, its two parts and the sparsity asked for each."""
+    """One decoder layer, its two parts and the sparsity asked for each.
+
+    Args:
+        number: counted from 0.
+        name: name in the model.
+        module: the layer.
+        attention: its attention module.
+        mlp: its MLP; in a mixture of experts the MLP that every token passes through, None where there is none.
+        mlp_name: name of the MLP in the layer.
+        experts: whether the layer is a mixture of experts.
+        mlp_sparsity: sparsity asked for the MLP.
+        attention_sparsity: sparsity asked for the attention.
+    """
 
     number: int
     name: str
     module: nn.Module
     attention: nn.Module
-    mlp: nn.Module
+    mlp: nn.Module | None
+    mlp_name: str
+    experts: bool
     mlp_sparsity: float
     attention_sparsity: float
 
 
 def decoder_layers(model: nn.Module, config: SparseLoraConfig, family: ModelFamily) -> Iterator[Layer]:
     """The layers of a model's decoder, lowest first."""
-    decoder = causal_model(model).base_model
     names = {id(module): name for name, module in model.named_modules()}
-    modules = list(getattr(decoder, family.layers))
+    modules = list(part_of(language_decoder(model), family, "layers"))
     mlp_sparsity, attention_sparsity = config.layer_sparsity(len(modules))
     for number, module in enumerate(modules):
-        attention, mlp = getattr(module, family.attention), getattr(module, family.mlp)
         yield Layer(
-            number, names[id(module)], module, attention, mlp, mlp_sparsity[number], attention_sparsity[number]
+            number,
+            names[id(module)],
+            module,
+            part_of(module, family, "attention"),
+            *_mlp_of(module, family),
+            mlp_sparsity[number],
+            attention_sparsity[number],
         )
 
 
+def _mlp_of(layer: nn.Module, family: ModelFamily) -> tuple[nn.Module | None, str, bool]:
+    """The MLP of a layer, its name, and whether the layer is a mixture of experts."""
+    mlp = part_of(layer, family, "mlp")
+    children = dict(mlp.named_children())
+    if family.experts not in children:
+        return mlp, family.mlp, False
+    return children.get(family.shared_mlp), f"{family.mlp}.{family.shared_mlp}", True
+
+
 def projections(layer: Layer, family: ModelFamily) -> dict[str, nn.Module]:
-    """Projections of a layer by role, as they stand in the model."""
-    mlp, attention = MlpView.of(layer.mlp, family), AttentionView.of(layer.attention, family)
-    return {
-        **{role: getattr(mlp, role) for role in ("gate", "up", "down")},
-        **{role: getattr(attention, role) for role in ("q", "k", "v", "o")},
-    }
+    """Linears of a layer by role, as they stand in the model; those of experts are not among them."""
+    mlp = MlpView.of(layer.mlp, family).modules if layer.mlp is not None else {}
+    return {**mlp, **AttentionView.of(layer.attention, family).modules}

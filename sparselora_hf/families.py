@@ -1,38 +1,133 @@
 """Model families: where a decoder keeps its projections. A family is a row of this table, not a class."""
 
 import dataclasses
+from typing import Any
 
 __all__ = ["FAMILIES", "ModelFamily", "find_family"]
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelFamily:
-    """Names of one family's modules, relative to a decoder layer.
+    """Names of one family's modules, relative to a decoder layer, and what a layer's structure has of its own.
+
+    The defaults describe Llama. Whatever the family's own code does between the projections (rotary embeddings,
+    windows, soft-capping, norms before or after a block, parallel residuals) runs unchanged and needs no entry.
 
     Args:
-        name: the ``model_type`` of the family's configuration.
+        name: the ``model_type`` of the configuration of the language model.
+        title: name for people, in tables.
         layers: attribute of the decoder that lists its layers.
-        attention: attention module of a layer, with projections `q`, `k`, `v` and `o`.
-        mlp: MLP module of a layer, with projections `gate`, `up`, `down` and the activation `activation`.
         norm: final norm of the decoder.
+        attention: attention module of a layer, with projections `q`, `k`, `v` and `o`.
+        qkv: projection that computes queries, keys and values at once; `q`, `k` and `v` are not looked up then.
+        qkv_by_head: the fused rows are grouped by key/value head (its queries, its key, its value), where otherwise
+            all queries come first, then all keys, then all values.
+        head_dim: attribute of the attention module that tells the channels of a head.
+        qk_norm: queries and keys are normalised before they meet, which makes them unfit for dropping channels
+            (`AttentionHook` says why): True, or the configuration's field that says so.
+        mlp: MLP module of a layer, with projections `gate`, `up`, `down`, the activation `activation`.
+        gate: empty for a plain MLP, ``down(activation(up(x)))``.
+        gate_up: projection that computes gate and up at once, gate first; `gate` and `up` are not looked up then.
+        dropout: attribute of the MLP that gives the dropout of its output; empty where it has none.
+        experts: child of a layer's MLP module that marks a mixture of experts. Experts stay dense.
+        shared_mlp: MLP inside a mixture of experts that every token passes through.
     """
 
     name: str
+    title: str = ""
     layers: str = "layers"
+    norm: str = "norm"
     attention: str = "self_attn"
     q: str = "q_proj"
     k: str = "k_proj"
     v: str = "v_proj"
     o: str = "o_proj"
+    qkv: str = ""
+    qkv_by_head: bool = False
+    head_dim: str = "head_dim"
+    qk_norm: bool | str = False
     mlp: str = "mlp"
-    norm: str = "norm"
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
+    gate_up: str = ""
     activation: str = "act_fn"
+    dropout: str = ""
+    experts: str = "experts"
+    shared_mlp: str = ""
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether the MLP multiplies an activated gate with a second projection."""
+        return bool(self.gate or self.gate_up)
+
+    def normalises_queries(self, config: Any) -> bool:
+        """Whether a model of this family, with this language configuration, normalises queries and keys."""
+        return self.qk_norm if isinstance(self.qk_norm, bool) else bool(getattr(config, self.qk_norm))
 
 
-FAMILIES = {name: ModelFamily(name) for name in ("llama", "mistral", "qwen2")}
+_PHI3_MLP = {"gate_up": "gate_up_proj", "activation": "activation_fn"}
+
+_ROWS = (
+    ModelFamily("cohere", "Cohere Command R", qk_norm="use_qk_norm"),
+    ModelFamily("cohere2", "Cohere Command R7B, A"),
+    ModelFamily("exaone4", "EXAONE 4", qk_norm=True),
+    ModelFamily("gemma", "Gemma 1"),
+    ModelFamily("gemma2", "Gemma 2"),
+    ModelFamily("gemma3_text", "Gemma 3, language tower of its vision models", qk_norm=True),
+    ModelFamily("glm", "GLM-4-9B", **_PHI3_MLP),
+    ModelFamily("glm4", "GLM-4-0414", **_PHI3_MLP),
+    ModelFamily(
+        "gpt_neox",
+        "GPT-NeoX, Pythia",
+        norm="final_layer_norm",
+        attention="attention",
+        qkv="query_key_value",
+        qkv_by_head=True,
+        o="dense",
+        head_dim="head_size",
+        gate="",
+        up="dense_h_to_4h",
+        down="dense_4h_to_h",
+        activation="act",
+    ),
+    ModelFamily("gpt_oss", "gpt-oss"),
+    ModelFamily("granite", "Granite 3"),
+    ModelFamily("llama", "Llama 2, 3.x; language tower of SmolVLM"),
+    ModelFamily("mistral", "Mistral"),
+    ModelFamily("mixtral", "Mixtral"),
+    ModelFamily("olmo2", "OLMo 2", qk_norm=True),
+    ModelFamily("olmoe", "OLMoE", qk_norm=True),
+    ModelFamily(
+        "phi",
+        "Phi-1, 1.5, 2",
+        norm="final_layernorm",
+        o="dense",
+        qk_norm="qk_layernorm",
+        gate="",
+        up="fc1",
+        down="fc2",
+        activation="activation_fn",
+    ),
+    ModelFamily("phi3", "Phi-3, Phi-4", qkv="qkv_proj", **_PHI3_MLP),
+    ModelFamily("qwen2", "Qwen2, Qwen2.5"),
+    ModelFamily("qwen2_5_vl_text", "language tower of Qwen2.5-VL"),
+    ModelFamily("qwen2_moe", "Qwen1.5-MoE, Qwen2-MoE", shared_mlp="shared_expert"),
+    ModelFamily("qwen3", "Qwen3", qk_norm=True),
+    ModelFamily("qwen3_moe", "Qwen3-MoE", qk_norm=True),
+    ModelFamily("smollm3", "SmolLM3"),
+    ModelFamily(
+        "starcoder2",
+        "StarCoder2",
+        gate="",
+        up="c_fc",
+        down="c_proj",
+        activation="act",
+        dropout="residual_dropout",
+    ),
+)
+
+FAMILIES = {family.name: family for family in _ROWS}
 
 _EXAMPLE = """    from sparselora_hf import ModelFamily, sparsify
     family = ModelFamily("{name}", attention="self_attn", q="q_proj", mlp="mlp", gate="gate_proj")
@@ -49,5 +144,5 @@ def find_family(model_type: str) -> ModelFamily:
         return FAMILIES[model_type]
     raise ValueError(
         f"Model family {model_type!r} is not known. Known: {', '.join(sorted(FAMILIES))}. "
-        f"If its layers have q/k/v/o projections and a gated MLP, describe it:\n{_EXAMPLE.format(name=model_type)}"
+        f"If its layers have q/k/v/o projections and an MLP, describe it:\n{_EXAMPLE.format(name=model_type)}"
     )

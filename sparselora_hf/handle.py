@@ -38,7 +38,7 @@ class Decision:
     @property
     def sparsity(self) -> float:
         """Realised fraction of channels dropped for context tokens."""
-        return 1 - self.keep / self.width
+        return 1 - self.keep / self.width if self.width else 0.0
 
 
 class SparseLoraHandle:
@@ -101,7 +101,7 @@ class SparseLoraHandle:
         keeps = {link.role: link.keep for link in map(link_of, self._patched) if link.layer == layer.number}
         if keeps.get("mlp") is not None:
             calibration.fit_mlp(layer.number, MlpView.of(layer.mlp, self.family), keeps["mlp"])
-        if keeps.get("q") is not None:
+        if keeps.get("o") is not None:
             calibration.fit_attention(layer.number, AttentionView.of(layer.attention, self.family))
 
     def figures(self) -> dict[str, float]:
@@ -140,11 +140,15 @@ class SparseLoraHandle:
     def restore(self) -> nn.Module:
         """Undo everything; calling it again does nothing. Returns the model."""
         self.state.reset()
-        while self._patched:
-            unpatch(self._patched.pop())
-        while self._hooks:
-            self._hooks.pop().remove()
+        self.undo(0, 0)
         return self.model
+
+    def undo(self, patched: int, hooks: int) -> None:
+        """Take back the latest patches and hooks, down to so many of each."""
+        while len(self._patched) > patched:
+            unpatch(self._patched.pop())
+        while len(self._hooks) > hooks:
+            self._hooks.pop().remove()
 
     def __enter__(self) -> "SparseLoraHandle":
         return self
@@ -157,13 +161,17 @@ class SparseLoraHandle:
         return f"SparseLoraHandle({', '.join(f'{count} {name}' for name, count in counts.items())})"
 
     def report(self) -> str:
-        """One line per module: sparse with its realised sparsity, exact savings alone, or dense and why."""
+        """One line per module: sparse with its realised sparsity, exact savings alone, or dense and why.
+
+        Exact savings that this model does not allow follow, each with its reason.
+        """
         lines = []
         for d in self.decisions:
             kept = (
                 f", keeps {d.keep} of {d.width} channels ({d.sparsity:.1%} dropped)" if d.outcome == "sparse" else ""
             )
             lines.append(f"{d.name}: {d.outcome}{kept}{f' ({d.reason})' if d.reason else ''}")
+        lines += [f"exact saving {name}: off ({reason})" for name, reason in self.state.withheld.items()]
         return "\n".join(lines)
 
 

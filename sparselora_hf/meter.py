@@ -75,8 +75,9 @@ class Meter:
         key = (pays, savings)
         if key not in self._prices:
             parts = zip([*self.mlp, *self.attention], pays, strict=True)
-            keep = [part.keep if paid else None for part, paid in parts]
-            mlp_keep, attention_keep = keep[: len(self.mlp)], keep[len(self.mlp) :]
+            dropped = [part.width - part.keep if paid else None for part, paid in parts]
+            mlp_keep = [drop and self.model.intermediate - drop for drop in dropped[: len(self.mlp)]]
+            attention_keep = [drop and self.model.kv_width - drop for drop in dropped[len(self.mlp) :]]
             settings = {"mlp_keep": mlp_keep, "attention_keep": attention_keep, "exact": tuple(savings)}
             self._prices[key] = [step_cost(self.model, _one(kind), LoraShape(0), **settings).linear for kind in _KINDS]
         return self._prices[key]

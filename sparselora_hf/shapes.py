@@ -7,6 +7,8 @@ import dataclasses
 from types import MappingProxyType
 from typing import Any
 
+from .families import FAMILIES, ModelFamily
+
 __all__ = ["MLP_PROJECTIONS", "MODEL_SHAPES", "BatchShape", "LoraShape", "ModelShape"]
 
 MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -77,6 +79,10 @@ class ModelShape:
         vocab: rows of the embedding and of the language-model head.
         mlp_matrices: 3 for a gated MLP (gate, up, down), 2 for a plain one (up, down).
         tied: whether the head shares the embedding's weight.
+        sparse_qk: whether queries and keys may drop channels (they may not where they are normalised).
+        sparse_mlp: how many MLP channels may be dropped, None for all of them: in a mixture of experts those of the
+            MLP that every token passes through.
+        stored: MLP channels held in memory, where a token passes through some of them alone; 0 is `intermediate`.
     """
 
     hidden: int
@@ -88,15 +94,26 @@ class ModelShape:
     vocab: int
     mlp_matrices: int = 3
     tied: bool = False
+    sparse_qk: bool = True
+    sparse_mlp: int | None = None
+    stored: int = 0
 
     @classmethod
-    def from_config(cls, config: Any) -> "ModelShape":
-        """Shape of a transformers configuration with Llama's field names (Llama, Mistral, Qwen2, Qwen3).
+    def from_config(cls, config: Any, family: ModelFamily | None = None) -> "ModelShape":
+        """Shape of a transformers configuration; of a vision-language model that of its language tower.
+
+        A mixture of experts counts what one token passes through, taken to be the same in every layer.
+
+        Args:
+            config: configuration with the field names that transformers has for all decoders.
+            family: row of the model, looked up where it is left out; an unknown family has a gated MLP.
 
         Raises:
             ValueError: a field that gives the shape is missing.
         """
-        values = config.get_text_config().to_dict()
+        text_config = config.get_text_config()
+        family = family or FAMILIES.get(text_config.model_type, ModelFamily(text_config.model_type))
+        values = text_config.to_dict()
         missing = [name for name in _CONFIG_FIELDS.values() if values.get(name) is None]
         if missing:
             raise ValueError(f"The {values.get('model_type')} configuration has no {', '.join(missing)}.")
@@ -105,8 +122,20 @@ class ModelShape:
             **shape,
             kv_heads=values.get("num_key_value_heads") or shape["heads"],
             head_dim=values.get("head_dim") or shape["hidden"] // shape["heads"],
+            mlp_matrices=3 if family.is_gated else 2,
             tied=bool(values.get("tie_word_embeddings")),
-        )
+            sparse_qk=not family.normalises_queries(text_config),
+        )._with_experts(values)
+
+    def _with_experts(self, values: dict[str, Any]) -> "ModelShape":
+        """The same with the MLP of a mixture of experts, where the configuration has one."""
+        experts = values.get("num_local_experts") or values.get("num_experts")
+        if not experts:
+            return self
+        width = values.get("moe_intermediate_size") or self.intermediate
+        shared = values.get("shared_expert_intermediate_size") or 0
+        active = values["num_experts_per_tok"] * width + shared
+        return dataclasses.replace(self, intermediate=active, sparse_mlp=shared, stored=experts * width + shared)
 
     @property
     def query_width(self) -> int:
@@ -132,15 +161,17 @@ class ModelShape:
         """
         mlp = self.intermediate if mlp_keep is None else mlp_keep
         kv = self.kv_width if attention_keep is None else attention_keep
-        query = kv * self.heads // self.kv_heads
-        attention = {"q_proj": (self.hidden, query), "k_proj": (self.hidden, kv), "v_proj": (self.hidden, kv)}
+        groups, keys = self.heads // self.kv_heads, kv if self.sparse_qk else self.kv_width
+        attention = {"q_proj": (self.hidden, keys * groups), "k_proj": (self.hidden, keys)}
+        attention |= {"v_proj": (self.hidden, kv), "o_proj": (kv * groups, self.hidden)}
         names = dict.fromkeys(self.mlp_names, (self.hidden, mlp)) | {"down_proj": (mlp, self.hidden)}
-        return attention | {"o_proj": (query, self.hidden)} | names
+        return attention | names
 
     @property
     def parameters(self) -> int:
         """Weights of the whole model: linears, embedding, head and norms."""
-        linears = sum(inp * out for inp, out in self.widths().values())
+        mlp = self.mlp_matrices * self.hidden * max(self.stored, self.intermediate)
+        linears = mlp + 2 * self.hidden * (self.query_width + self.kv_width)
         embeddings = self.vocab * self.hidden * (1 if self.tied else 2)
         return self.layers * (linears + 2 * self.hidden) + embeddings + self.hidden
 

@@ -23,6 +23,7 @@ from .worth import Worth
 logger = logging.get_logger(__name__)
 
 _WORTH_LEAVING_OUT = 7 / 8  # moving rows costs about an eighth of a 256-wide product on a CPU, less of wider ones
+_SETS = {"q": "qk", "k": "qk", "v": "vo", "o": "vo", "qkv": "qkv"}  # the set that each projection keeps
 
 __all__ = ["ActiveBatch", "LayerLink", "Rows", "SparseState"]
 
@@ -116,6 +117,7 @@ class SparseState:
         self.criterion = criterion
         self.calibration = calibration
         self.enabled = False
+        self.withheld: dict[str, str] = {}  # exact savings that the model does not allow, and why
         self.batch: ActiveBatch | None = None
         self.pinned = False  # the trainer began the batch: forwards leave it alone
         self.compact = False  # the decoder's final norm passes loss rows on and no others
@@ -132,7 +134,7 @@ class SparseState:
             loss_only: the caller promises to use predictions at loss positions alone, which allows the savings
                 ``last_layer`` and ``logits``.
         """
-        savings = set(self.config.exact)
+        savings = set(self.config.exact) - self.withheld.keys()
         if not loss_only:
             savings -= {"last_layer", "logits"}
         self.step += 1
@@ -176,7 +178,7 @@ class LayerLink:
     Args:
         state: shared state.
         layer: number of the decoder layer.
-        role: ``q``, ``k``, ``v``, ``o``, ``attention`` or ``mlp``.
+        role: ``q``, ``k``, ``v``, ``qkv`` (fused), ``o``, ``attention`` or ``mlp``.
         keep: channels kept for context tokens (kv channels in attention); None leaves the module dense.
         last: whether this is the last decoder layer.
         family: family row of the model.
@@ -203,8 +205,8 @@ class LayerLink:
             self.state.calibration.reservoir.put(key, x.index_select(0, rows.to(x.device)), slots)
 
     def channels(self) -> torch.Tensor:
-        """Kept channels of this projection for the batch in hand, at its own width: query width for q and o."""
-        selection = self.state.batch.selections[self.layer, "qk" if self.role in ("q", "k") else "vo"]
+        """Kept output channels of this projection (input channels of o) for the batch in hand."""
+        selection = self.state.batch.selections[self.layer, _SETS[self.role]]
         return selection.wide if self.role in ("q", "o") else selection.narrow
 
     def rows(self, x: torch.Tensor, training: bool) -> Rows | None:

@@ -1,17 +1,19 @@
 """Views of a decoder layer: its projections by role, whatever the family calls them, seen through LoRA layers."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
-from .channels import HeadLayout
+from .channels import ChannelSelection, HeadLayout, Share
 from .families import ModelFamily
 from .ops.linear import compute_dtype
-from .ops.quant import frozen_weight, read_whole
+from .ops.mlp import MlpWeights
+from .ops.quant import FrozenWeight, QuantisedRows, QuantisedWeight, frozen_weight, read_whole
 
-__all__ = ["AttentionView", "MlpView", "base_linear"]
+__all__ = ["AttentionView", "MlpView", "Projection", "base_linear", "part_of"]
 
 
 def base_linear(module: nn.Module) -> nn.Module:
@@ -21,56 +23,188 @@ def base_linear(module: nn.Module) -> nn.Module:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
+def part_of(module: nn.Module, family: ModelFamily, field: str) -> Any:
+    """What a module has under the name that the family gives for a field, ``q`` say.
+
+    Raises:
+        ValueError: there is no such thing; the message names the module, the field and what there is instead.
+    """
+    try:
+        return getattr(module, getattr(family, field))
+    except AttributeError:
+        there = ", ".join(name for name, _ in module.named_children())
+        raise ValueError(
+            f"ModelFamily {family.name!r}: {type(module).__name__} has no {getattr(family, field)!r}, which the "
+            f"family gives as {field}. It has {there}. Describe the family with ModelFamily(..., {field}=...)."
+        ) from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Projection:
+    """One role's output channels of a linear: all of them, or a share of a fused one.
+
+    Args:
+        module: the linear as it stands in the model, a LoRA layer or a linear.
+        share: where the role's channels lie in it; None where the linear is the role's own.
+    """
+
+    module: nn.Module
+    share: Share | None = None
+
+    @property
+    def weight(self) -> FrozenWeight:
+        """Frozen weight of the role, ``[out, in]``, as the sparse products take it."""
+        weight = frozen_weight(base_linear(self.module))
+        if self.share is None:
+            return weight
+        if isinstance(weight, QuantisedWeight):
+            return QuantisedRows(weight, self.share.rows, self.share.width(weight.shape[0]))
+        return self.share.take(weight)
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """Frozen bias of the role, ``[out]``."""
+        bias = base_linear(self.module).bias
+        return bias if bias is None or self.share is None else self.share.take(bias)
+
+    def rows(self, index: torch.Tensor) -> torch.Tensor:
+        """Rows of the linear that hold the role's channels ``index``."""
+        return index if self.share is None else self.share.rows(index)
+
+    def product(self, x: torch.Tensor, biased: bool = True) -> torch.Tensor:
+        """Output of the frozen linear, with its bias or without: ``[T, in]`` to ``[T, out]``."""
+        weight, bias = self.weight, self.bias if biased else None
+        dtype = compute_dtype(x, weight)
+        bias = None if bias is None else bias.to(dtype)
+        return nn.functional.linear(x.to(dtype), read_whole(weight, dtype), bias)
+
+
 @dataclasses.dataclass(frozen=True)
 class MlpView:
-    """Projections of a gated MLP, as they stand in the model (a LoRA layer or a linear), and its activation."""
+    """Projections of an MLP, its activation and the dropout of its output.
 
-    gate: nn.Module
-    up: nn.Module
-    down: nn.Module
+    Args:
+        inputs: what reads the MLP's input: ``gate`` and ``up``, or ``up`` alone.
+        down: what writes its output.
+        activation: of the first of `inputs`.
+        dropout: probability.
+        modules: linears as they stand in the model, by role; a fused one is ``gate_up``.
+    """
+
+    inputs: dict[str, Projection]
+    down: Projection
     activation: Callable[[torch.Tensor], torch.Tensor]
+    dropout: float
+    modules: dict[str, nn.Module]
 
     @classmethod
     def of(cls, mlp: nn.Module, family: ModelFamily) -> "MlpView":
         """Look the parts up in a module: nothing is kept, so a copied model never reaches into its original."""
-        return cls(*(getattr(mlp, name) for name in (family.gate, family.up, family.down, family.activation)))
+        roles = ("gate_up",) if family.gate_up else ("gate", "up") if family.gate else ("up",)
+        modules = {role: part_of(mlp, family, role) for role in (*roles, "down")}
+        width = base_linear(modules["down"]).in_features
+        if family.gate_up:
+            shares = {"gate": Share(0, width, 2 * width), "up": Share(width, width, 2 * width)}
+            inputs = {role: Projection(modules["gate_up"], share) for role, share in shares.items()}
+        else:
+            inputs = {role: Projection(modules[role]) for role in roles}
+        dropout = part_of(mlp, family, "dropout") if family.dropout else 0.0
+        return cls(inputs, Projection(modules["down"]), part_of(mlp, family, "activation"), dropout, modules)
 
     @property
     def width(self) -> int:
         """Number of intermediate channels."""
-        return base_linear(self.gate).out_features
+        return base_linear(self.down.module).in_features
+
+    @property
+    def hidden(self) -> int:
+        """Width of the residual stream."""
+        return base_linear(self.down.module).out_features
+
+    def combine(self, products: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Activations from the outputs of `inputs`, ``[T, K]`` each."""
+        activated = self.activation(products[0])
+        return activated * products[1] if len(products) > 1 else activated
 
     def channels(self, x: torch.Tensor) -> torch.Tensor:
-        """True activations ``act(x W_gᵀ) ⊙ (x W_uᵀ)`` of the frozen weights: ``[T, H]`` to ``[T, N]``."""
-        gate, up = (_product(base_linear(module), x, biased=True) for module in (self.gate, self.up))
-        return self.activation(gate) * up
+        """True activations of the frozen weights: ``[T, H]`` to ``[T, N]``."""
+        return self.combine([projection.product(x) for projection in self.inputs.values()])
+
+    def kept_inputs(self, index: torch.Tensor) -> list[tuple[nn.Module, torch.Tensor]]:
+        """Each linear that reads the input, once, with the rows of it that the channels ``index`` keep."""
+        rows: dict[nn.Module, list[torch.Tensor]] = {}
+        for projection in self.inputs.values():
+            rows.setdefault(projection.module, []).append(projection.rows(index))
+        return [(module, torch.cat(parts)) for module, parts in rows.items()]
+
+    def weights(self) -> MlpWeights:
+        """Frozen weights, for the MLP without adapters."""
+        gate, up = self.inputs.get("gate"), self.inputs["up"]
+        return MlpWeights(
+            None if gate is None else gate.weight,
+            up.weight,
+            self.down.weight,
+            self.activation,
+            None if gate is None else gate.bias,
+            up.bias,
+            self.down.bias,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionView:
-    """Projections of an attention module, as they stand in the model, and the layout of its heads."""
+    """Projections of an attention module and the layout of its heads.
 
-    q: nn.Module
-    k: nn.Module
-    v: nn.Module
-    o: nn.Module
+    Args:
+        inputs: ``q``, ``k`` and ``v``.
+        o: output projection.
+        layout: of the heads.
+        modules: linears as they stand in the model, by role; a fused one is ``qkv``.
+    """
+
+    inputs: dict[str, Projection]
+    o: Projection
     layout: HeadLayout
+    modules: dict[str, nn.Module]
 
     @classmethod
     def of(cls, attention: nn.Module, family: ModelFamily) -> "AttentionView":
         """Look the parts up in a module."""
-        q, k, v, o = (getattr(attention, name) for name in (family.q, family.k, family.v, family.o))
-        head_dim = attention.head_dim
-        q_width, kv_width = (base_linear(module).out_features for module in (q, k))
-        return cls(q, k, v, o, HeadLayout(q_width // head_dim, kv_width // head_dim, head_dim))
+        roles = ("qkv", "o") if family.qkv else ("q", "k", "v", "o")
+        modules = {role: part_of(attention, family, role) for role in roles}
+        head_dim = part_of(attention, family, "head_dim")
+        heads = base_linear(modules["o"]).in_features // head_dim
+        if family.qkv:
+            fused = base_linear(modules["qkv"]).out_features
+            layout = HeadLayout(heads, (fused // head_dim - heads) // 2, head_dim)
+            shares = _fused_shares(layout, family.qkv_by_head)
+            inputs = {role: Projection(modules["qkv"], share) for role, share in shares.items()}
+        else:
+            layout = HeadLayout(heads, base_linear(modules["k"]).out_features // head_dim, head_dim)
+            inputs = {role: Projection(modules[role]) for role in "qkv"}
+        return cls(inputs, Projection(modules["o"]), layout, modules)
+
+    @property
+    def hidden(self) -> int:
+        """Width of the residual stream."""
+        return base_linear(self.o.module).out_features
+
+    def fused_rows(self, sets: dict[str, ChannelSelection], device: torch.device) -> torch.Tensor:
+        """Rows of a fused projection that the sets ``qk`` and ``vo`` keep, sorted; without a set all of its rows."""
+        everything = torch.arange(self.layout.kv_width, device=device)
+        whole = ChannelSelection.of(everything, self.layout)
+        qk, vo = sets.get("qk", whole), sets.get("vo", whole)
+        kept = {"q": qk.wide, "k": qk.narrow, "v": vo.narrow}
+        return torch.cat([self.inputs[role].rows(index) for role, index in kept.items()]).sort().values
 
     def project(self, role: str, x: torch.Tensor) -> torch.Tensor:
         """``x Wᵀ`` of the frozen projection ``q``, ``k`` or ``v``, without its bias."""
-        return _product(base_linear(getattr(self, role)), x, biased=False)
+        return self.inputs[role].product(x, biased=False)
 
 
-def _product(linear: nn.Module, x: torch.Tensor, biased: bool) -> torch.Tensor:
-    weight = frozen_weight(linear)
-    dtype = compute_dtype(x, weight)
-    bias = linear.bias if biased else None
-    return nn.functional.linear(x.to(dtype), read_whole(weight, dtype), None if bias is None else bias.to(dtype))
+def _fused_shares(layout: HeadLayout, by_head: bool) -> dict[str, Share]:
+    """Where queries, keys and values lie in a fused projection, which has them in this order."""
+    blocks = layout.kv_heads if by_head else 1
+    spans = [layout.heads * layout.head_dim // blocks, *[layout.kv_width // blocks] * 2]
+    firsts = [0, spans[0], spans[0] + spans[1]]
+    return {role: Share(first, span, sum(spans)) for role, first, span in zip("qkv", firsts, spans, strict=True)}

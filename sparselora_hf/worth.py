@@ -43,15 +43,18 @@ class Worth:
         return self.saved > self.per_row
 
 
-def mlp_worth(hidden: int, width: int, keep: int, rank: int, device_type: str) -> Worth:
-    """Balance of a gated MLP that keeps ``keep`` of ``width`` channels beside a stand-in of a rank."""
-    saved = 4.0 * hidden * (3 * (width - keep) - 2 * rank)
+def mlp_worth(hidden: int, width: int, keep: int, rank: int, device_type: str, matrices: int = 3) -> Worth:
+    """Balance of an MLP of 3 (gated) or 2 matrices that keeps ``keep`` of ``width`` channels beside a stand-in."""
+    saved = 4.0 * hidden * (matrices * (width - keep) - 2 * rank)
     return _worth(saved, "mlp", hidden, device_type)
 
 
-def attention_worth(hidden: int, layout: HeadLayout, keep: int, device_type: str) -> Worth:
-    """Balance of the four projections of an attention module that keeps ``keep`` kv channels."""
-    saved = 4.0 * hidden * (2 + 2 * layout.groups) * (layout.kv_width - keep)
+def attention_worth(hidden: int, layout: HeadLayout, keep: int, device_type: str, pairs: int = 2) -> Worth:
+    """Balance of the projections of an attention module that keeps ``keep`` kv channels.
+
+    `pairs` is 2 where q and k drop channels beside v and o, and 1 where v and o alone do.
+    """
+    saved = 4.0 * hidden * pairs * (1 + layout.groups) * (layout.kv_width - keep)
     return _worth(saved, "attention", hidden, device_type)
 
 

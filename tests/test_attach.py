@@ -138,14 +138,14 @@ def _with_nan(model, value=float("nan")):
 
 
 def _as_gpt(model):
-    model.base_model.model.config.model_type = "gpt_neox"
+    model.base_model.model.config.model_type = "gptj"
     return model
 
 
 WRONG = {
     "no LoRA": (tiny_model, SPARSE, "carries no LoRA adapter.*peft_config"),
     "LoRA on lm_head": (lambda: lora_model(targets=("q_proj", "lm_head")), SPARSE, "lm_head is not supported"),
-    "unknown family": (lambda: _as_gpt(lora_model()), SPARSE, "'gpt_neox' is not known. Known: llama, mistral, qwen2"),
+    "unknown family": (lambda: _as_gpt(lora_model()), SPARSE, "'gptj' is not known. Known: cohere, .*llama, .*qwen2"),
     "rank": (lora_model, SPARSE.replace(rank=65), "rank: 65 exceeds 64"),
     "rank of key and value": (lora_model, SPARSE.replace(rank=33), "rank"),
     "layers": (

@@ -35,6 +35,8 @@ FLOORS = {
     "placement": 4,
     "attach": 5,
     "handle": 5,
+    "parts": 5,
+    "selfcheck": 5,
     "callback": 6,
     "collator": 6,
     "trainer": 7,

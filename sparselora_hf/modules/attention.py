@@ -11,26 +11,36 @@ __all__ = ["AttentionHook"]
 
 
 class AttentionHook:
-    """Forward pre-hook; it holds no module, so a deep copy of the model works on its own weights."""
+    """Forward pre-hook; it holds no module, so a deep copy of the model works on its own weights.
 
-    def __init__(self, link: LayerLink) -> None:
+    Args:
+        link: the attention module's.
+        kinds: sets to choose, ``qk`` and ``vo``, or ``vo`` alone.
+    """
+
+    def __init__(self, link: LayerLink, kinds: tuple[str, ...] = ("qk", "vo")) -> None:
         self.link = link
+        self.kinds = kinds
 
     @torch.no_grad()
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Choose the QK and VO sets of this layer for the batch in hand, once per micro-batch."""
+        """Choose the sets of this layer for the batch in hand, once per micro-batch."""
         link = self.link
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         flat = hidden.reshape(-1, hidden.shape[-1])
         link.observe("attention", flat, module.training)
         rows = link.rows(hidden, module.training)
-        if rows is None or not len(rows.sparse) or (link.layer, "qk") in link.state.batch.selections:
+        if rows is None or not len(rows.sparse) or (link.layer, "vo") in link.state.batch.selections:
             return
         self._select(AttentionView.of(module, link.family), flat, rows.sparse)
 
     def _select(self, view: AttentionView, x: torch.Tensor, rows: torch.Tensor) -> None:
         link, batch, criterion = self.link, self.link.state.batch, self.link.state.criterion
         x = criterion.sample(x, rows, batch.plan.sequence, batch.plan.groups)
-        for kind, score in (("qk", criterion.qk), ("vo", criterion.vo)):
-            index = top_channels(score(link.layer, view, x, batch.step), link.keep)
+        score = {"qk": criterion.qk, "vo": criterion.vo}
+        for kind in self.kinds:
+            index = top_channels(score[kind](link.layer, view, x, batch.step), link.keep)
             batch.selections[link.layer, kind] = ChannelSelection.of(index, view.layout)
+        if "qkv" in view.modules:
+            sets = {kind: batch.selections[link.layer, kind] for kind in self.kinds}
+            batch.selections[link.layer, "qkv"] = ChannelSelection.of(view.fused_rows(sets, x.device))

@@ -11,7 +11,7 @@ __all__ = ["SparseLinear"]
 
 
 class SparseLinear(Patched):
-    """Mixin for the base linear of a q, k, v or o projection.
+    """Mixin for the base linear of a q, k, v, fused qkv or o projection.
 
     Only products are dropped: a bias costs nothing and is added to every channel of every row.
     """

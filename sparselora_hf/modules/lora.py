@@ -5,17 +5,41 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-__all__ = ["has_branch", "is_plain_lora", "kept_inputs", "kept_outputs"]
+__all__ = ["has_branch", "ignores_base", "is_plain_lora", "kept_inputs", "kept_outputs"]
 
 
 def is_plain_lora(module: nn.Module) -> bool:
-    """Whether a projection is a linear or carries only adapters whose branch is ``B(A(dropout(x))) · scaling``."""
-    from peft.tuners.lora import LoraLayer
+    """Whether a projection has no adapter, or only adapters whose branch is ``B(A(dropout(x))) · scaling``.
+
+    Those that act now are looked at. False for adapters that are merged and disabled at once, too: PEFT's own
+    forward has to take them out first.
+    """
+    from peft.tuners.lora.layer import LoraLayer, ParamWrapper
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     if not isinstance(module, BaseTunerLayer):
         return True
-    return isinstance(module, LoraLayer) and not module.lora_variant
+    if not isinstance(module, LoraLayer) or isinstance(module, ParamWrapper):
+        return False
+    if module.disable_adapters or module.merged:
+        return not (module.disable_adapters and module.merged)
+    return not any(name in module.lora_variant for name in module.active_adapters)
+
+
+def ignores_base(module: nn.Module) -> bool:
+    """Whether an adapter that acts on a projection computes the base product by itself, densely.
+
+    PEFT's DoRA does so with dropout: its norm multiplies the base product of the *dropped* input.
+    """
+    from peft.tuners.lora.layer import LoraLayer
+
+    if not isinstance(module, LoraLayer):
+        return False
+    return any(
+        name in module.lora_variant and not isinstance(module.lora_dropout[name], nn.Identity)
+        for name in module.active_adapters
+        if name in module.lora_A
+    )
 
 
 def _branches(module: nn.Module) -> Iterator[tuple[nn.Module, nn.Module, nn.Module, float]]:

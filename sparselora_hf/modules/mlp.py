@@ -1,16 +1,18 @@
-"""A gated MLP that computes all channels for output rows and the kept ones for context rows."""
+"""An MLP that computes all channels for output rows and the kept ones for context rows."""
 
 import torch
+from torch import nn
 
 from ..channels import ChannelSelection, top_channels
+from ..families import ModelFamily
 from ..ops.linear import gathered_columns, gathered_rows
-from ..ops.mlp import MlpWeights, kept_mlp
+from ..ops.mlp import StandIn, kept_mlp
 from ..ops.quant import frozen_weight
 from ..ops.rows import fork_rows, join_rows, overlay_rows
 from ..state import Rows
 from ..views import MlpView, base_linear
 from .classes import Patched, link_of
-from .lora import has_branch, kept_inputs, kept_outputs
+from .lora import has_branch, is_plain_lora, kept_inputs, kept_outputs
 
 __all__ = ["SparseMlp"]
 
@@ -23,7 +25,7 @@ class SparseMlp(Patched):
         link, flat = link_of(self), x.reshape(-1, x.shape[-1])
         link.observe("mlp", flat.detach(), self.training)
         rows = link.rows(x, self.training)
-        if rows is None:
+        if rows is None or (len(rows.sparse) and not self._branches_are_plain(link.family)):
             return self.dense_forward(x, *args, **kwargs)
         if not len(rows.sparse):
             dense = self.dense_forward(flat.index_select(0, rows.dense), *args, **kwargs)
@@ -33,22 +35,32 @@ class SparseMlp(Patched):
         # a 4-bit linear computes in a type of its own and answers in that of its input
         return overlay_rows(sparse.to(dense.dtype), dense, rows.dense).view(x.shape)
 
+    def _branches_are_plain(self, family: ModelFamily) -> bool:
+        return all(is_plain_lora(module) for module in MlpView.of(self, family).modules.values())
+
     def _sparse(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
         """All rows ``[T, H]`` on the channels that suit the context rows best."""
         link = link_of(self)
         view, stand_in = MlpView.of(self, link.family), link.state.calibration.stand_ins.get(link.layer)
         index = self._selection(view, x, rows).narrow
-        linears = [base_linear(module) for module in (view.gate, view.up, view.down)]
-        gate, up, down = map(frozen_weight, linears)
-        biases = [linear.bias for linear in linears]
-        if not any(has_branch(module) for module in (view.gate, view.up, view.down)):
-            return kept_mlp(x, MlpWeights(gate, up, down, view.activation, *biases), index, stand_in)
-        g = kept_outputs(view.gate, x, gathered_rows(x, gate, index, biases[0]), index)
-        u = kept_outputs(view.up, x, gathered_rows(x, up, index, biases[1]), index)
-        hidden = view.activation(g) * u  # [T, K]
+        if any(has_branch(module) for module in view.modules.values()):
+            y = self._with_branches(view, x, index, stand_in)
+        else:
+            y = kept_mlp(x, view.weights(), index, stand_in)
+        return nn.functional.dropout(y, view.dropout) if view.dropout else y
+
+    def _with_branches(
+        self, view: MlpView, x: torch.Tensor, index: torch.Tensor, stand_in: StandIn | None
+    ) -> torch.Tensor:
+        products = []  # [T, K] for each input
+        for module, rows in view.kept_inputs(index):
+            base = base_linear(module)
+            y = kept_outputs(module, x, gathered_rows(x, frozen_weight(base), rows, base.bias), rows)
+            products += y.split(len(index), 1)
+        hidden, down = view.combine(products), view.down  # [T, K]
         output, given_up = (0.0, 0.0) if stand_in is None else stand_in.correction(x.to(hidden.dtype), index)
-        y = gathered_columns(hidden - given_up, down, index, biases[2]) + output
-        return kept_inputs(view.down, hidden, y, index)
+        y = gathered_columns(hidden - given_up, down.weight, index, down.bias) + output
+        return kept_inputs(view.down.module, hidden, y, index)
 
     @torch.no_grad()
     def _selection(self, view: MlpView, x: torch.Tensor, rows: Rows) -> ChannelSelection:

@@ -1,0 +1,103 @@
+"""The parts of a decoder layer that can be sparse, its attention and its MLP, and what becomes of each."""
+
+import dataclasses
+
+from torch import nn
+
+from .config import SparseLoraConfig
+from .decoder import Layer
+from .families import ModelFamily
+from .handle import Decision
+from .layers import kept_channels
+from .modules.lora import ignores_base, is_plain_lora
+from .ops.quant import why_unreadable
+from .views import AttentionView, MlpView, base_linear
+from .worth import Worth, attention_worth, mlp_worth
+
+__all__ = ["Part", "attention_part", "decide", "mlp_part"]
+
+_MLP = ("gate", "up", "gate_up", "down")
+_NORMALISED = "v and o alone: queries and keys are normalised"
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Attention or MLP of one layer.
+
+    Args:
+        name: name in the model.
+        module: the part.
+        modules: its linears by role, as they stand in the model.
+        kinds: channel sets that it keeps: ``mlp``, or ``qk`` and ``vo``, or ``vo`` alone.
+        width: its channels (kv channels of an attention).
+        keep: how many of them are to be kept.
+        worth: what that would gain.
+        note: what the report says of it where it is sparse.
+    """
+
+    name: str
+    module: nn.Module
+    modules: dict[str, nn.Module]
+    kinds: tuple[str, ...]
+    width: int
+    keep: int
+    worth: Worth
+    note: str = ""
+
+    @property
+    def is_mlp(self) -> bool:
+        """Whether the part is an MLP."""
+        return self.kinds == ("mlp",)
+
+
+def attention_part(layer: Layer, family: ModelFamily, normalised: bool) -> Part:
+    """The attention of a layer; with `normalised` queries and keys the values alone drop channels."""
+    view = AttentionView.of(layer.attention, family)
+    keep = kept_channels(view.layout.kv_width, layer.attention_sparsity)
+    kinds = ("vo",) if normalised else ("qk", "vo")
+    worth = attention_worth(view.hidden, view.layout, keep, _device(view.o.module), len(kinds))
+    name = f"{layer.name}.{family.attention}"
+    note = _NORMALISED if normalised else ""
+    return Part(name, layer.attention, view.modules, kinds, view.layout.kv_width, keep, worth, note)
+
+
+def mlp_part(layer: Layer, family: ModelFamily, config: SparseLoraConfig) -> Part:
+    """The MLP of a layer."""
+    view = MlpView.of(layer.mlp, family)
+    keep = kept_channels(view.width, layer.mlp_sparsity)
+    rank = config.compensation_rank if config.compensation == "low_rank" else 0
+    worth = mlp_worth(view.hidden, view.width, keep, rank, _device(view.down.module), len(view.inputs) + 1)
+    return Part(f"{layer.name}.{layer.mlp_name}", layer.mlp, view.modules, ("mlp",), view.width, keep, worth)
+
+
+def _device(module: nn.Module) -> str:
+    return base_linear(module).weight.device.type
+
+
+def decide(part: Part, config: SparseLoraConfig) -> Decision:
+    """What becomes of a part: sparse, exact savings alone, or dense."""
+    otherwise = "exact" if config.exact else "dense"
+    obstacle = _why_dense(part.modules)
+    if obstacle:
+        return Decision(part.name, "dense", part.width, part.width, obstacle)
+    if part.keep == part.width:
+        return Decision(part.name, otherwise, part.width, part.width)
+    if config.dense_if_slower and not part.worth.ever:
+        return Decision(part.name, otherwise, part.width, part.width, "would not be faster sparse")
+    return Decision(part.name, "sparse", part.width, part.keep, part.note)
+
+
+def _why_dense(modules: dict[str, nn.Module]) -> str:
+    """Reason why a part of a layer cannot be sparse; empty where it can."""
+    for role, module in modules.items():
+        base = base_linear(module)
+        unreadable = why_unreadable(base)
+        if unreadable:
+            return f"{role} is {unreadable}"
+        if base.weight.requires_grad:
+            return f"the weight of {role} is trained"
+        if role in _MLP and not is_plain_lora(module):
+            return f"the adapter on {role} is not plain LoRA"
+        if ignores_base(module):
+            return f"the adapter on {role} is DoRA with dropout, which computes the dense product by itself"
+    return ""
