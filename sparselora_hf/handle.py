@@ -16,7 +16,7 @@ from .distributed import rank_and_world, whole_weights
 from .families import ModelFamily
 from .modules.classes import link_of, unpatch
 from .state import SparseState
-from .views import AttentionView, MlpView, base_linear
+from .views import AttentionView, MlpView
 
 __all__ = ["CALIBRATION_FILE", "Decision", "SparseLoraHandle"]
 
@@ -135,7 +135,7 @@ class SparseLoraHandle:
 
     def _layer_devices(self) -> dict[str, torch.device]:
         layers = decoder_layers(self.model, self.config, self.family)
-        return {str(x.number): base_linear(MlpView.of(x.mlp, self.family).gate).weight.device for x in layers}
+        return {str(x.number): next(x.attention.parameters()).device for x in layers}
 
     def restore(self) -> nn.Module:
         """Undo everything; calling it again does nothing. Returns the model."""
