@@ -97,6 +97,12 @@ class PromptFormat:
         """Column of the completion: the one asked for, where the format has a choice."""
         return train_on if train_on in self.completion else self.completion[0]
 
+    def ask(self, question: str) -> str:
+        """The prompt of a question that no row holds."""
+        completion = "```"  # a completion that no format leaves out
+        row = {"input": "", **dict.fromkeys(self.completion, completion), **dict.fromkeys(self.columns, question)}
+        return self.build(row, self.completion[0])["prompt"]
+
 
 FORMATS = {
     "alpaca": PromptFormat(alpaca, ("instruction",), ("output", "answer")),

@@ -11,6 +11,7 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS = {
     "doctor": "check versions, devices and cache, and test that sparsity 0 equals the dense model",
     "estimate": "bound the speed-up of a model and schedule from shapes alone",
+    "eval": "answer a benchmark with an adapter and score the answers as the paper does",
     "quickstart": "train a small model twice, dense and sparse, and compare",
     "sft": "supervised fine-tuning with SparseLoRA, from a recipe or flags",
 }

@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 from ..config import SparseLoraConfig
 from .settings import sparse_arguments, sparse_config, to_arguments
 
-__all__ = ["SMOKE", "DataArguments", "Recipe", "parse", "read_recipe"]
+__all__ = ["DATA_FILE", "SMOKE", "DataArguments", "Recipe", "parse", "read_recipe"]
+
+DATA_FILE = "sparselora_data.yaml"  # beside the adapter: what `sparselora eval` has to know of the training
 
 # what --smoke changes of a recipe; its model and data become small ones made on the spot unless flags name others
 SMOKE = {

@@ -10,11 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .recipe import DataArguments, Recipe, parse
+from .recipe import DATA_FILE, DataArguments, Recipe, parse
 
-__all__ = ["DATA_FILE", "DataArguments", "Recipe", "main", "make_trainer", "parse", "trainer_keywords"]
-
-DATA_FILE = "sparselora_data.yaml"  # beside the adapter: what `sparselora eval` has to know of the training
+__all__ = ["DataArguments", "Recipe", "main", "make_trainer", "parse", "trainer_keywords"]
 
 
 def _examples(recipe: Recipe, split: str) -> Any:

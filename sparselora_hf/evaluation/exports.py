@@ -1,0 +1,102 @@
+"""Answers that others judge, in the form that they read: evalplus for code, FastChat for MT-Bench."""
+
+import hashlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from .interval import wilson
+from .tasks import Question
+
+__all__ = ["EXPORTS", "run_evalplus", "solution"]
+
+
+def solution(row: dict[str, Any], answer: str) -> str:
+    """A whole program from an answer to a HumanEval prompt.
+
+    The answer's first block of code, or all of it without one; what the prompt has above its function goes before a
+    whole function, the prompt itself before a body.
+    """
+    _, fence, rest = answer.partition("```")
+    block = rest.split("\n", 1)[-1].partition("```")[0] if fence else answer
+    head = f"def {row['entry_point']}"
+    if head in block:
+        return f"{row['prompt'].partition(head)[0]}{block.strip()}\n"
+    return f"{row['prompt']}{block.rstrip()}\n"
+
+
+def _write_lines(path: Path, lines: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def write_samples(path: Path, questions: Sequence[Question], answers: dict[int, list[str]], model: str) -> Path:
+    """Samples as evalplus reads them: `task_id` and `solution`."""
+    lines = [
+        {"task_id": question.key, "solution": solution(question.row, answer)}
+        for place, question in enumerate(questions)
+        for answer in answers[place]
+    ]
+    return _write_lines(path, lines)
+
+
+def write_talks(path: Path, questions: Sequence[Question], answers: dict[int, list[str]], model: str) -> Path:
+    """Conversations as FastChat's judge reads them."""
+    lines = []
+    for place, question in enumerate(questions):
+        turns = answers[place]
+        lines.append(
+            {
+                "question_id": question.key,
+                "answer_id": hashlib.sha256("\0".join([model, str(question.key), *turns]).encode()).hexdigest()[:22],
+                "model_id": model,
+                "choices": [{"index": 0, "turns": turns}],
+                "tstamp": time.time(),
+            }
+        )
+    return _write_lines(path, lines)
+
+
+EXPORTS: dict[str, Callable[..., Path]] = {"humaneval": write_samples, "mt_bench": write_talks}
+
+
+def run_evalplus(samples: Path) -> dict[str, Any]:
+    """Run the generated code in evalplus's sandbox and read its verdicts.
+
+    Returns:
+        `score` and `interval` for HumanEval's tests, `plus_score` and `plus_interval` for HumanEval+'s, in per cent.
+
+    Raises:
+        ImportError: evalplus is not installed.
+        OSError: evalplus gave no verdicts.
+    """
+    if find_spec("evalplus") is None:
+        raise ImportError("Running generated code needs evalplus and its sandbox: pip install evalplus.")
+    verdicts = samples.with_name(f"{samples.stem}_eval_results.json")
+    verdicts.unlink(missing_ok=True)  # evalplus would take them for those of these samples
+    command = [sys.executable, "-m", "evalplus.evaluate", "--dataset", "humaneval", "--samples", str(samples)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if not verdicts.is_file():
+        last = (done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()[-1]
+        raise OSError(f"evalplus gave no verdicts on {samples}: {last}")
+    return _pass_at_one(json.loads(verdicts.read_text(encoding="utf-8"))["eval"])
+
+
+def _pass_at_one(verdicts: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    figures: dict[str, Any] = {"total": len(verdicts)}
+    passed = {
+        "": [[each["base_status"] == "pass" for each in task] for task in verdicts.values()],
+        "plus_": [
+            [each["base_status"] == each["plus_status"] == "pass" for each in task] for task in verdicts.values()
+        ],
+    }
+    for name, tasks in passed.items():
+        share = sum(sum(task) / len(task) for task in tasks) / len(tasks)
+        figures[f"{name}score"] = round(100 * share, 2)
+        figures[f"{name}interval"] = [round(100 * end, 2) for end in wilson(share, len(tasks))]
+    return figures

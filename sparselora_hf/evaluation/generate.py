@@ -1,0 +1,104 @@
+"""Batched generation with padding on the left, the same whatever was answered before."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+__all__ = ["Generator", "Sampling"]
+
+
+_GREEDY = {"temperature": None, "top_p": None, "top_k": None}  # whatever the model's own settings say
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn.
+
+    Args:
+        new_tokens: most tokens of an answer.
+        samples: answers to each question.
+        temperature: 0 takes the likeliest token every time.
+        top_p: draw from the likeliest tokens that together have this probability.
+        seed: seed of the drawing, started anew for every batch.
+    """
+
+    new_tokens: int
+    samples: int = 1
+    temperature: float = 0.0
+    top_p: float = 0.9
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for field in ("new_tokens", "samples"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field}: {getattr(self, field)} is below 1.")
+        if self.samples > 1 and not self.temperature:
+            raise ValueError(f"samples: {self.samples} answers at temperature 0 are all the same. Set --temperature.")
+
+
+class Generator:
+    """A model that answers.
+
+    Args:
+        model: a causal model in evaluation mode.
+        tokenizer: its tokenizer.
+        sampling: how answers are drawn.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, sampling: Sampling) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.sampling = sampling
+        self._pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+    def batches(self, prompts: Sequence[str], size: int) -> list[list[int]]:
+        """Numbers of the prompts in batches of about equal length, the longest first."""
+        order = sorted(range(len(prompts)), key=lambda number: (-len(prompts[number]), number))
+        return [order[start : start + size] for start in range(0, len(order), size)]
+
+    def answer(self, prompts: Sequence[str], seed: int) -> list[list[str]]:
+        """Answers to a batch of prompts, all samples of each.
+
+        Args:
+            prompts: the prompts.
+            seed: number of the batch.
+        """
+        import torch
+
+        torch.manual_seed(self.sampling.seed + seed)
+        inputs = self._encode(prompts)
+        with torch.inference_mode():
+            tokens = self.model.generate(**inputs, **self._settings())
+        texts = self.tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        count = self.sampling.samples
+        return [texts[start : start + count] for start in range(0, len(texts), count)]
+
+    def _encode(self, prompts: Sequence[str]) -> dict[str, Any]:
+        """Token ids and mask, padded on the left without touching the tokenizer's own settings."""
+        import torch
+
+        bos = self.tokenizer.bos_token
+        # a chat template writes the start token itself
+        rows = [
+            self.tokenizer(prompt, add_special_tokens=not (bos and prompt.startswith(bos)))["input_ids"]
+            for prompt in prompts
+        ]
+        longest = max(map(len, rows))
+        ids = torch.full((len(rows), longest), self._pad)
+        mask = torch.zeros_like(ids)
+        for number, row in enumerate(rows):
+            ids[number, longest - len(row) :] = torch.tensor(row)
+            mask[number, longest - len(row) :] = 1
+        device = self.model.device
+        return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+    def _settings(self) -> dict[str, Any]:
+        draw, drawn = self.sampling, self.sampling.temperature > 0
+        chance = {"temperature": draw.temperature, "top_p": draw.top_p, "top_k": 50} if drawn else _GREEDY
+        return {
+            "max_new_tokens": draw.new_tokens,
+            "do_sample": drawn,
+            "num_return_sequences": draw.samples,
+            "pad_token_id": self._pad,
+            **chance,
+        }

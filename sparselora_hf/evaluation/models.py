@@ -1,0 +1,99 @@
+"""The model under evaluation: a base model with an adapter that belongs to it."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging
+
+__all__ = ["adapter_hash", "base_of", "load_model"]
+
+logger = logging.get_logger(__name__)
+
+
+def base_of(adapter: str) -> str:
+    """Name of the model that an adapter was trained on.
+
+    Raises:
+        OSError: no adapter of that name can be reached.
+        ValueError: the adapter does not say.
+    """
+    from peft import PeftConfig
+
+    try:
+        base = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    except (OSError, ValueError) as error:
+        raise OSError(f"There is no adapter {adapter}: no such folder, or none that can be reached.") from error
+    if not base:
+        raise ValueError(f"The adapter {adapter} does not name its base model. Name it: --model NAME.")
+    return base
+
+
+def adapter_hash(adapter: str | None) -> str | None:
+    """Hash of a local adapter's weights, for noticing that it was trained anew."""
+    path = Path(adapter or "") / "adapter_model.safetensors"
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if adapter and path.is_file() else None
+
+
+def load_model(base: str, adapter: str | None, dtype: str = "auto", four_bit: bool = False) -> tuple[Any, Any]:
+    """Model, with its adapter, and tokenizer.
+
+    Args:
+        base: name or folder of the base model.
+        adapter: name or folder of the adapter; None takes the base alone.
+        dtype: type of the weights; ``auto`` is the checkpoint's, float32 without an accelerator.
+        four_bit: load the base in 4 bits, as QLoRA trains it.
+
+    Raises:
+        OSError: base or tokenizer cannot be reached.
+        ValueError: the adapter is of another base model.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    on_cpu = not torch.accelerator.is_available()
+    dtype = "float32" if on_cpu and dtype == "auto" else dtype
+    extra = {"quantization_config": _four_bit()} if four_bit else {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        model = AutoModelForCausalLM.from_pretrained(
+            base, dtype=dtype, device_map="cpu" if on_cpu else "auto", **extra
+        )
+    except OSError as error:
+        raise OSError(
+            f"The model {base} cannot be loaded ({type(error).__name__}): no such folder, or no network to fetch it. "
+            "Name a folder: --model PATH."
+        ) from error
+    return (model if adapter is None else _with_adapter(model, base, adapter)).eval(), tokenizer
+
+
+def _four_bit() -> Any:
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+
+
+def _with_adapter(model: Any, base: str, adapter: str) -> Any:
+    from peft import PeftModel, get_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    trained_on = base_of(adapter)
+    try:
+        wrapped = PeftModel.from_pretrained(model, adapter)
+        strangers = set(load_peft_weights(adapter, device="cpu")) ^ set(get_peft_model_state_dict(wrapped))
+    except (RuntimeError, ValueError):  # other widths, or no module of that name
+        strangers = {"its weights"}
+    if strangers:
+        raise ValueError(
+            f"The adapter {adapter} was trained on {trained_on} and does not fit {base}: {min(strangers)} has no "
+            "counterpart. Name its own base model: --model NAME."
+        )
+    if Path(trained_on).name != Path(base).name:
+        logger.warning(f"The adapter {adapter} was trained on {trained_on}; it is evaluated on {base}.")
+    return wrapped

@@ -1,0 +1,90 @@
+"""What a free-text answer says: the number or the choice that a person would read in it.
+
+The protocol is the paper's (z-lab/sparselora, spft/test/main.py, after LLM-Adapters): of an arithmetic answer the last
+number counts, to within a thousandth; of a multiple choice the first option that is named. The reference finds both by
+patterns that a person would not always agree with: it reads ``16-3`` as 16 and -3, ``1,2,3`` as 123, ``1/2`` as 2,
+``m2`` as 2, and the 4 of "one of the 4 options" as option 4. Here these are read as they are meant.
+"""
+
+import re
+from collections.abc import Sequence
+
+__all__ = ["TOLERANCE", "chosen", "is_number", "last_number", "own_words"]
+
+TOLERANCE = 1e-3
+
+_NEXT_TURN = re.compile(r"\n\s*### ")  # a model that goes on with a prompt of its own
+_POWER = re.compile(r"(?<=[a-zA-Z])(?<![0-9][eE])(?:\^|\*\*)?[23](?![0-9.,])")  # the 2 of m2, cm^2 and CO2
+_FRACTION_COMMAND = re.compile(r"\\[dt]?frac\{(-?[0-9]+)\}\{([0-9]+)\}")
+_SIGN = r"(?:(?<![\w).])(?P<sign>[-\u2212])\s?)?[$€£]?"
+_PLAIN = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
+_NUMBER = re.compile(
+    rf"{_SIGN}(?<![0-9.])"
+    rf"(?:(?P<whole>[0-9]+) (?=[0-9]+/[0-9]))?"
+    rf"(?P<value>(?:{_PLAIN})(?:[eE][-+]?[0-9]+)?)"
+    rf"(?: ?/ ?(?P<divisor>[0-9]+(?:\.[0-9]+)?))?"
+)
+_NEGATED = re.compile(r"(?:\bnot|n't|\bneither|\brather than|\binstead of)\s+(?:the\s+)?$")
+
+
+def own_words(text: str) -> str:
+    """An answer without the next prompt that a model may have gone on with."""
+    return _NEXT_TURN.split(text)[0]
+
+
+def last_number(text: str) -> float | None:
+    """The last number of a text, None where there is none.
+
+    Commas between thousands, currency signs, units, fractions (``3/4``, ``1 1/2``) and a full stop after it are
+    understood. A dash between two numbers is a minus sign of neither.
+    """
+    text = _FRACTION_COMMAND.sub(r"\1/\2", _POWER.sub("", own_words(text)))
+    matches = list(_NUMBER.finditer(text))
+    return _value(matches[-1]) if matches else None
+
+
+def _value(match: re.Match) -> float:
+    value = float(match["value"].replace(",", ""))
+    if match["divisor"] is not None and float(match["divisor"]):
+        value /= float(match["divisor"])
+    value += float(match["whole"] or 0)
+    return -value if match["sign"] else value
+
+
+def is_number(text: str, target: float) -> bool:
+    """Whether an answer's last number is the target, to within `TOLERANCE`."""
+    number = last_number(text)
+    return number is not None and abs(number - target) <= TOLERANCE
+
+
+def chosen(text: str, options: Sequence[str]) -> str | None:
+    """The option that an answer names, None where it names none.
+
+    Args:
+        text: the answer.
+        options: words in lower case: ``true``, ``false``, or one word with numbers, ``answer1`` to ``answer5``.
+    """
+    text = own_words(text).lower()
+    if not options[0][-1].isdigit():
+        return _named(text, {option: option for option in options})
+    word = options[0][:-1]
+    numbers = {option[len(word) :]: option for option in options}
+    digits = "|".join(numbers)
+    for pattern in (rf"(?:answer|choice|{word})(?:\s+is|:)+\s*\(?({digits})\b", rf"\b{word}\s*#?({digits})\b"):
+        named = _named(text, numbers, pattern)
+        if named:
+            return named
+    alone = {digit for digit in re.findall(r"[0-9]+", text) if digit in numbers}
+    return numbers[alone.pop()] if len(alone) == 1 else None
+
+
+def _named(text: str, options: dict[str, str], pattern: str = "") -> str | None:
+    """The first option that is named and not ruled out; of two, ruling out one names the other."""
+    pattern = pattern or rf"\b({'|'.join(options)})\b"
+    ruled_out = []
+    for match in re.finditer(pattern, text):
+        if not _NEGATED.search(text[: match.start()]):
+            return options[match[1]]
+        ruled_out.append(options[match[1]])
+    left = [option for option in options.values() if option not in ruled_out]
+    return left[0] if ruled_out and len(left) == 1 else None

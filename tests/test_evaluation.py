@@ -1,0 +1,461 @@
+"""`sparselora eval` from questions to results, with tiny models that know nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import types
+
+import pytest
+import torch
+from helpers import ROOT, tiny_model
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from sparselora_hf.cli.main import main
+from sparselora_hf.evaluation.answers import AnswerFile
+from sparselora_hf.evaluation.asking import Asker
+from sparselora_hf.evaluation.exports import run_evalplus, solution
+from sparselora_hf.evaluation.generate import Generator, Sampling
+from sparselora_hf.evaluation.models import load_model
+from sparselora_hf.evaluation.tasks import GROUPS, TASKS, find_tasks, load_questions
+from sparselora_hf.formats import FORMATS
+
+LETTERS = " abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"[: 61 - 3]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """One token a character, the rest unknown."""
+    ids = {"<pad>": 0, "<bos>": 1, "<eos>": 2, **{letter: 3 + i for i, letter in enumerate(LETTERS)}}
+    inner = Tokenizer(models.WordLevel(ids, unk_token=" "))
+    inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    inner.decoder = decoders.Fuse()
+    template = "{% for m in messages %}{{ m.role + m.content }}{% endfor %}{% if add_generation_prompt %}A{% endif %}"
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", chat_template=template
+    )
+
+
+def save_adapter(folder, base, **options):
+    torch.manual_seed(0)
+    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    model = get_peft_model(tiny_model(layers=2, **options), lora)
+    model.peft_config["default"].base_model_name_or_path = str(base)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, tokenizer):
+    """A base model, an adapter of it and a row of every task, in folders."""
+    folder = tmp_path_factory.mktemp("world")
+    base = folder / "base"
+    tiny_model(layers=2, max_position_embeddings=4096).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    save_adapter(folder / "adapter", base)
+    data = folder / "data"
+    data.mkdir()
+    for name, task in TASKS.items():
+        (data / f"{name}.json").write_text(json.dumps([dict(task.example)] * 3))
+    rows = [{"question": f"Add {n} and {'1' * n}.", "answer": f"So\n#### {n}"} for n in range(1, 11)]
+    (data / "gsm8k.json").write_text(json.dumps(rows))
+    return folder
+
+
+def run(world, *flags: str) -> int:
+    short = () if "--max-new-tokens" in flags else ("--max-new-tokens", "4")
+    return main(["eval", str(world / "adapter"), "--data", str(world / "data"), "--batch-size", "2", *short, *flags])
+
+
+def error_of(capsys, call) -> str:
+    """Run what must fail on what the user gave; returns its one line."""
+    capsys.readouterr()
+    assert call() == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sparselora: error: ")]
+    return line
+
+
+# tasks
+
+
+def test_every_task_reads_its_own_example(world):
+    for task in TASKS.values():
+        (question, *_) = load_questions(task, str(world / "data"), limit=1)
+        assert question.turns
+        assert (question.target is None) == (task.right is None)
+
+
+def test_groups_and_aliases():
+    assert [task.name for task in find_tasks(["math"])] == ["gsm8k", "svamp", "mawps"]
+    assert len(GROUPS["commonsense"]) == 8
+    assert [task.name for task in find_tasks(["siqa", "ARC-Easy"])] == ["social_i_qa", "arc_easy"]
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "right"),
+    [
+        ("gsm8k", "The answer is 7.", True),
+        ("gsm8k", "The answer is 8.", False),
+        ("boolq", "the correct answer is true", True),
+        ("piqa", "solution2", False),
+        ("arc_agi", "The output grid for the test input grid is:\n\n```\nBlack Blue\n```", True),
+        ("arc_agi", "Blue Black", False),
+        ("arc_agi", "I do not know", False),
+    ],
+)
+def test_right_and_wrong(name, answer, right):
+    (question,) = TASKS[name].read(0, TASKS[name].example)
+    assert TASKS[name].right(answer, question.target) == right
+
+
+@pytest.mark.parametrize(
+    "file", ["gsm8k_test.jsonl", "SVAMP.json", "mawps.json", "boolq.json", "piqa.json", "ARC-Easy.json"]
+)
+def test_real_questions_answer_themselves(data_dir, file):
+    """The task's own answer, as a trained model writes it, is right; that of the next question mostly is not."""
+    name = {"gsm8k_test.jsonl": "gsm8k", "ARC-Easy.json": "arc_easy"}.get(file, file[:-5].lower())
+    task = TASKS[name]
+    questions = load_questions(task, str(data_dir / "test"), limit=100)
+    told = [str(question.row["answer"]) for question in questions]
+    assert len(questions) == 100
+    assert all(task.right(f"the correct answer is {text}", q.target) for text, q in zip(told, questions, strict=True))
+    others = [task.right(text, q.target) for text, q in zip(told[1:] + told[:1], questions, strict=True)]
+    assert sum(others) < 75
+
+
+# asking
+
+
+def test_questions_are_asked_in_the_words_of_the_training(tokenizer):
+    for name, form in FORMATS.items():
+        row = {"instruction": "Why?", "question": "Why?", "query": "Why?", "input": "", "output": "a", "answer": "```"}
+        assert Asker(name, tokenizer).prompt(["Why?"], []) == form.build(row, form.completion[0])["prompt"]
+
+
+def test_a_second_turn_follows_the_first_answer(tokenizer):
+    first = FORMATS["alpaca"].ask("One?")
+    assert Asker("alpaca", tokenizer).prompt(["One?", "Two?"], ["1"]) == f"{first}1\n\n{FORMATS['alpaca'].ask('Two?')}"
+    assert Asker("chat", tokenizer).prompt(["One?", "Two?"], ["1"]) == "userOne?assistant1userTwo?A"
+    system = [{"role": "system", "content": "S"}, {"role": "user", "content": "U"}]
+    assert Asker("chat", tokenizer).prompt([system], []) == "systemSuserUA"
+
+
+def test_asking_errors(tokenizer):
+    with pytest.raises(ValueError, match="'poem' is not one of"):
+        Asker("poem", tokenizer)
+    bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<eos>")
+    with pytest.raises(ValueError, match="no chat template"):
+        Asker("chat", bare)
+
+
+# generating
+
+
+def test_padding_changes_no_answer(tokenizer):
+    model = tiny_model(layers=2).eval()
+    generator = Generator(model, tokenizer, Sampling(6))
+    prompts = ["one", "a longer one", "the longest of them all"]
+    together = generator.answer(prompts, 0)
+    assert together == [generator.answer([prompt], 0)[0] for prompt in prompts]
+    assert tokenizer.padding_side == "right"  # the user's tokenizer is left as it was
+
+
+def test_greedy_whatever_the_models_own_settings_say(tokenizer):
+    model = tiny_model(layers=2).eval()
+    want = Generator(model, tokenizer, Sampling(6)).answer(["one two"], 0)
+    model.generation_config.update(do_sample=True, temperature=5.0, top_k=50)
+    assert Generator(model, tokenizer, Sampling(6)).answer(["one two"], 1) == want
+
+
+def test_samples_differ_and_repeat_with_their_seed(tokenizer):
+    generator = Generator(tiny_model(layers=2).eval(), tokenizer, Sampling(8, samples=3, temperature=2.0, top_p=1.0))
+    (first,) = generator.answer(["one two"], 5)
+    assert len(set(first)) > 1
+    assert generator.answer(["one two"], 5) == [first]
+    assert generator.answer(["one two"], 6) != [first]
+
+
+def test_batches_hold_prompts_of_like_length_once(tokenizer):
+    generator = Generator(None, tokenizer, Sampling(1))
+    assert generator.batches(["a", "ccc", "bb", "d"], 2) == [[1, 2], [0, 3]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), [({"new_tokens": 0}, "new_tokens"), ({"new_tokens": 1, "samples": 2}, "Set --temp")]
+)
+def test_sampling_errors(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Sampling(**arguments)
+
+
+# answers on disk
+
+
+def test_a_line_cut_short_is_answered_again(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    AnswerFile(path, {"seed": 0}).add({1: ["a"], 0: ["ü\n"]})
+    with path.open("a") as file:
+        file.write('{"question": 2, "answ')
+    again = AnswerFile(path, {"seed": 0})
+    assert again.answers == {1: ["a"], 0: ["ü\n"]}
+    again.add({2: ["c"]})
+    assert AnswerFile(path, {"seed": 0}).answers == {0: ["ü\n"], 1: ["a"], 2: ["c"]}
+    assert AnswerFile(path, {"seed": 1}, overwrite=True).answers == {}
+
+
+def test_other_settings_are_refused(tmp_path):
+    AnswerFile(tmp_path / "answers.jsonl", {"seed": 0, "batch": 2}).add({0: ["a"]})
+    with pytest.raises(ValueError, match=r"seed = 0, now it is 1. Add --overwrite"):
+        AnswerFile(tmp_path / "answers.jsonl", {"seed": 1, "batch": 2})
+
+
+@pytest.mark.parametrize(
+    ("flags", "batches"), [((), 3), (("--samples", "2", "--temperature", "1"), 1)], ids=["greedy", "drawn"]
+)
+def test_ended_half_way_and_started_again_is_as_if_never_ended(world, tmp_path, monkeypatch, flags, batches):
+    flags = ("--task", "gsm8k", *flags)
+    assert run(world, *flags, "--output", str(tmp_path / "whole")) == 0
+    answer = Generator.answer
+
+    def ends(self, prompts, seed):
+        if seed >= batches:
+            raise KeyboardInterrupt
+        return answer(self, prompts, seed)
+
+    monkeypatch.setattr(Generator, "answer", ends)
+    with pytest.raises(KeyboardInterrupt):
+        run(world, *flags, "--output", str(tmp_path / "half"))
+    path = tmp_path / "half" / "gsm8k.answers.jsonl"
+    path.write_text(path.read_text()[:-7])  # the kill came while a line was written
+    asked = []
+    monkeypatch.setattr(Generator, "answer", lambda self, p, seed: asked.append(seed) or answer(self, p, seed))
+    assert run(world, *flags, "--output", str(tmp_path / "half")) == 0
+    assert asked == list(range(batches - 1, 5))
+    for name in ("results.json", "gsm8k.scored.jsonl"):
+        assert (tmp_path / "half" / name).read_text() == (tmp_path / "whole" / name).read_text()
+
+
+@pytest.mark.slow
+def test_killed_and_started_again_ends_with_the_same_result(world, tmp_path):
+    command = [sys.executable, "-m", "sparselora_hf.cli.main", "eval", str(world / "adapter"), "--task", "gsm8k"]
+    command += ["--data", str(world / "data"), "--batch-size", "1", "--max-new-tokens", "200", "--output"]
+    assert (
+        run(world, "--task", "gsm8k", "--batch-size", "1", "--max-new-tokens", "200", "--output", str(tmp_path / "a"))
+        == 0
+    )
+    path = tmp_path / "b" / "gsm8k.answers.jsonl"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*command, str(tmp_path / "b")], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+    while process.poll() is None and not (path.is_file() and path.read_text().count("\n") > 3):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert path.read_text().count("\n") < 11
+    assert (
+        run(world, "--task", "gsm8k", "--batch-size", "1", "--max-new-tokens", "200", "--output", str(tmp_path / "b"))
+        == 0
+    )
+    assert (tmp_path / "a" / "results.json").read_text() == (tmp_path / "b" / "results.json").read_text()
+
+
+# the command
+
+
+def test_results_and_what_they_depend_on(world, tmp_path, capsys):
+    assert run(world, "--task", "gsm8k", "boolq", "--output", str(tmp_path)) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert list(results) == ["gsm8k", "boolq"]
+    figures = results["gsm8k"]
+    assert (figures["total"], figures["correct"]) == (10, round(figures["score"] / 10))
+    assert figures["interval"][0] <= figures["score"] <= figures["interval"][1]
+    assert figures["settings"]["prompt_format"] == "llm_adapters"
+    assert len((tmp_path / "gsm8k.scored.jsonl").read_text().splitlines()) == 10
+    assert "of 10" in capsys.readouterr().out
+
+
+def test_pass_at_k(world, tmp_path):
+    flags = ("--samples", "3", "--temperature", "1", "--output", str(tmp_path))
+    assert run(world, "--task", "arc_agi", *flags) == 0
+    figures = json.loads((tmp_path / "results.json").read_text())["arc_agi"]
+    assert [figures[f"pass@{k}"] for k in (1, 2, 3)] == [0, 0, 0]
+    assert figures["settings"]["prompt_format"] == "chat"
+
+
+def test_the_format_noted_beside_the_adapter_is_used(world, tmp_path):
+    folder = tmp_path / "adapter"
+    save_adapter(folder, world / "base")
+    (folder / "sparselora_data.yaml").write_text("prompt_format: alpaca\n")
+    argv = [
+        "eval",
+        str(folder),
+        "--task",
+        "gsm8k",
+        "--data",
+        str(world / "data"),
+        "--limit",
+        "1",
+        "--max-new-tokens",
+        "1",
+    ]
+    assert main(argv) == 0
+    assert json.loads((folder / "eval" / "results.json").read_text())["gsm8k"]["settings"]["prompt_format"] == "alpaca"
+
+
+def test_a_model_without_adapter(world, tmp_path):
+    argv = ["eval", "--model", str(world / "base"), "--task", "mawps", "--data", str(world / "data" / "mawps.json")]
+    assert main([*argv, "--output", str(tmp_path), "--max-new-tokens", "2"]) == 0
+    assert json.loads((tmp_path / "results.json").read_text())["mawps"]["adapter"] is None
+
+
+def test_mt_bench_in_fastchats_form(world, tmp_path):
+    assert run(world, "--task", "mt_bench", "--output", str(tmp_path)) == 0
+    lines = [json.loads(line) for line in (tmp_path / "mt_bench.jsonl").read_text().splitlines()]
+    assert {"question_id", "answer_id", "model_id", "choices", "tstamp"} == set(lines[0])
+    assert (lines[0]["question_id"], lines[0]["model_id"], len(lines[0]["choices"][0]["turns"])) == (81, "adapter", 2)
+
+
+def test_humaneval_in_evalplus_form_and_nothing_is_run(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("code was run"))
+    assert run(world, "--task", "humaneval", "--output", str(tmp_path)) == 0
+    (line, *_) = (tmp_path / "humaneval.jsonl").read_text().splitlines()
+    assert set(json.loads(line)) == {"task_id", "solution"}
+
+
+CODE = {"entry_point": "f", "prompt": 'import math\n\n\ndef f(x):\n    """Twice."""\n'}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "```python\ndef f(x):\n    return 2 * x\n```\nThat is all. f(1)",
+        "Sure:\n\n```\ndef f(x):\n    return 2 * x\n```",
+        "def f(x):\n    return 2 * x",
+        "    return 2 * x",
+        "```python\n    return 2 * x\n```",
+    ],
+    ids=["block", "words first", "bare", "body", "body in a block"],
+)
+def test_solutions_are_whole_programs(answer):
+    names: dict = {}
+    exec(solution(CODE, answer), names)
+    assert names["f"](4) == 8
+    assert "math" in names
+
+
+def test_verdicts_of_evalplus(tmp_path, monkeypatch):
+    samples = tmp_path / "humaneval.jsonl"
+    verdicts = tmp_path / "humaneval_eval_results.json"
+    verdicts.write_text("{}")  # of an earlier run
+    tasks = {"HumanEval/0": ("pass", "pass"), "HumanEval/1": ("pass", "fail"), "HumanEval/2": ("fail", "fail")}
+    told = {"eval": {name: [{"base_status": a, "plus_status": b}] for name, (a, b) in tasks.items()}}
+
+    def evalplus(command, **kwargs):
+        assert command[1:] == ["-m", "evalplus.evaluate", "--dataset", "humaneval", "--samples", str(samples)]
+        assert not verdicts.exists()
+        verdicts.write_text(json.dumps(told))
+
+    monkeypatch.setattr("sparselora_hf.evaluation.exports.find_spec", lambda name: True)
+    monkeypatch.setattr(subprocess, "run", evalplus)
+    figures = run_evalplus(samples)
+    assert (figures["score"], figures["plus_score"], figures["total"]) == (66.67, 33.33, 3)
+
+
+def test_lm_eval_has_the_rest(world, tmp_path, monkeypatch, capsys):
+    calls = {}
+
+    class TaskManager:
+        def match_tasks(self, names):
+            return [name for name in names if name == "hellaswag"]
+
+    def simple_evaluate(**keywords):
+        calls.update(keywords)
+        return {"results": {"hellaswag": {"acc,none": 0.25, "alias": "hellaswag"}}}
+
+    harness, tasks = types.ModuleType("lm_eval"), types.ModuleType("lm_eval.tasks")
+    harness.simple_evaluate, tasks.TaskManager = simple_evaluate, TaskManager
+    monkeypatch.setitem(sys.modules, "lm_eval", harness)
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", tasks)
+    assert run(world, "--task", "lm_eval:hellaswag", "--limit", "3", "--output", str(tmp_path)) == 0
+    assert calls["model_args"] == {"pretrained": str(world / "base"), "dtype": "auto", "peft": str(world / "adapter")}
+    assert "lm_eval:hellaswag acc,none 0.25" in capsys.readouterr().out
+    assert json.loads((tmp_path / "results.json").read_text())["lm_eval:hellaswag"]["acc,none"] == 0.25
+    assert "no task 'none'" in error_of(capsys, lambda: run(world, "--task", "lm_eval:none"))
+
+
+# errors
+
+
+def test_an_unknown_task(world, capsys):
+    assert "There is no task 'gsm9k'. Tasks: gsm8k, svamp" in error_of(capsys, lambda: run(world, "--task", "gsm9k"))
+
+
+def test_nothing_to_evaluate(capsys):
+    assert "Name an adapter" in error_of(capsys, lambda: main(["eval", "--task", "gsm8k"]))
+
+
+def test_no_such_adapter(capsys, tmp_path):
+    line = error_of(capsys, lambda: main(["eval", str(tmp_path), "--task", "gsm8k"]))
+    assert f"There is no adapter {tmp_path}" in line
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"instruction": "q"}], "gsm8k needs the column answer. "),
+        ([{"answer": "1"}], "needs the column instruction or question"),
+        ([{"question": "q", "answer": "many"}], "the answer 'many' is no number"),
+    ],
+    ids=["answer", "question", "number"],
+)
+def test_data_that_is_not_fit(world, tmp_path, capsys, rows, message):
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    assert message in error_of(capsys, lambda: run(world, "--task", "gsm8k", "--data", str(tmp_path / "rows.json")))
+
+
+def test_an_answer_that_is_no_choice(world, tmp_path, capsys):
+    (tmp_path / "piqa.json").write_text(json.dumps([{"instruction": "q", "answer": "3"}]))
+    call = lambda: run(world, "--task", "piqa", "--data", str(tmp_path))  # noqa: E731
+    assert "'3' is not one of solution1, solution2" in error_of(capsys, call)
+    assert "holds no data of boolq" in error_of(capsys, lambda: run(world, "--task", "boolq", "--data", str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    "options", [{"intermediate_size": 48, "hidden_size": 32, "head_dim": 4}, {"layers": 3}], ids=["narrower", "deeper"]
+)
+def test_an_adapter_of_another_model(world, tmp_path, capsys, tokenizer, options):
+    other = tmp_path / "other"
+    tiny_model(**({"layers": 2} | options)).save_pretrained(other)
+    tokenizer.save_pretrained(other)
+    line = error_of(capsys, lambda: run(world, "--task", "gsm8k", "--model", str(other), "--output", str(tmp_path)))
+    assert f"was trained on {world / 'base'} and does not fit {other}" in line
+
+
+def test_no_network(world, tmp_path, capsys, monkeypatch):
+    import datasets
+
+    def offline(*args, **kwargs):
+        raise ConnectionError("host unreachable,\ntwo lines of it")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    argv = ["eval", str(world / "adapter"), "--task", "gsm8k", "--output", str(tmp_path)]
+    assert "cannot be reached (ConnectionError). Without a network give" in error_of(capsys, lambda: main(argv))
+
+
+def test_no_network_for_the_model(world, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    line = error_of(
+        capsys, lambda: run(world, "--task", "gsm8k", "--model", "no/such-model", "--output", str(tmp_path))
+    )
+    assert "The model no/such-model cannot be loaded" in line
+
+
+def test_the_adapter_is_applied(world):
+    plain, _ = load_model(str(world / "base"), None)
+    tuned, _ = load_model(str(world / "base"), str(world / "adapter"))
+    ids = torch.tensor([[5, 6, 7]])
+    assert not tuned.training
+    assert not torch.allclose(plain(ids).logits, tuned(ids).logits)
