@@ -1,0 +1,300 @@
+"""The MLP on its kept channels: gate, up and activation in one launch, and the activation alone, both ways.
+
+After the fused kernel there is one gather (`slices.py`) and one product left of the forward pass: three launches.
+Backward needs the products of the slices anyway, so there only the activation is ours. Its derivative could close the
+product before it, but the tile ``[T, K]`` it would save is a hundredth of what that product reads.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .blocks import activate, activate_grad, multiply
+from .runtime import launch, numerics
+from .tiles import Tile
+
+__all__ = [
+    "mlp_activation_bwd",
+    "mlp_activation_bwd_kernel",
+    "mlp_activation_fwd",
+    "mlp_activation_fwd_kernel",
+    "mlp_in_fwd",
+    "mlp_in_fwd_kernel",
+]
+
+
+@triton.jit
+def mlp_in_fwd_kernel(
+    x_ptr,
+    gate_ptr,
+    up_ptr,
+    gate_bias_ptr,
+    up_bias_ptr,
+    index_ptr,
+    wide_ptr,
+    hidden_ptr,
+    T,
+    H,
+    K,
+    stride_x,
+    stride_weight,
+    stride_wide,
+    stride_hidden,
+    GATED: tl.constexpr,
+    BIASED: tl.constexpr,
+    KIND: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """Products with kept rows of gate and up, both written, and ``act(gate) ⊙ up``; without a gate ``act(up)``."""
+    t = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    c = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    is_t, is_c = t < T, c < K
+    channels = tl.load(index_ptr + c, mask=is_c, other=0)
+    tokens = t.to(tl.int64)
+    x_rows = x_ptr + tokens[:, None] * stride_x  # [T, 1]
+    weight_rows = channels[None, :] * stride_weight  # [1, K]
+    gate = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    up = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for start in range(0, H, BLOCK_K):
+        h = start + tl.arange(0, BLOCK_K)
+        is_h = h < H
+        x = tl.load(x_rows + h[None, :], mask=is_t[:, None] & is_h[None, :], other=0.0)  # [T, H]
+        inside = is_h[:, None] & is_c[None, :]
+        up = multiply(x, tl.load(up_ptr + weight_rows + h[:, None], mask=inside, other=0.0), up, PRECISION, UPCAST)
+        if GATED:
+            weight = tl.load(gate_ptr + weight_rows + h[:, None], mask=inside, other=0.0)  # [H, K]
+            gate = multiply(x, weight, gate, PRECISION, UPCAST)
+    if BIASED:
+        up += tl.load(up_bias_ptr + channels, mask=is_c, other=0.0).to(tl.float32)[None, :]
+        if GATED:
+            gate += tl.load(gate_bias_ptr + channels, mask=is_c, other=0.0).to(tl.float32)[None, :]
+    inside = is_t[:, None] & is_c[None, :]
+    narrow = wide_ptr.dtype.element_ty
+    wide = wide_ptr + tokens[:, None] * stride_wide + c[None, :]  # [T, 2K] or [T, K]
+    # rounded first: the activation is that of what backward will read
+    up = up.to(narrow)
+    if GATED:
+        gate = gate.to(narrow)
+        tl.store(wide, gate, mask=inside)
+        tl.store(wide + K, up, mask=inside)
+        hidden = activate(gate.to(tl.float32), KIND) * up.to(tl.float32)
+    else:
+        tl.store(wide, up, mask=inside)
+        hidden = activate(up.to(tl.float32), KIND)
+    tl.store(hidden_ptr + tokens[:, None] * stride_hidden + c[None, :], hidden.to(narrow), mask=inside)
+
+
+@triton.jit
+def mlp_activation_fwd_kernel(
+    wide_ptr,
+    given_up_ptr,
+    hidden_ptr,
+    T,
+    K,
+    R,
+    stride_wide,
+    stride_given_up,
+    stride_hidden,
+    GATED: tl.constexpr,
+    CORRECTED: tl.constexpr,
+    KIND: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """``[T, 2K + R]`` to ``[T, K + R]``: activations less what the stand-in gives up, and the stand-in's columns."""
+    t = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    c = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tokens, is_t = t.to(tl.int64), t < T
+    is_kept = is_t[:, None] & (c < K)[None, :]
+    wide = wide_ptr + tokens[:, None] * stride_wide + c[None, :]
+    hidden = activate(tl.load(wide, mask=is_kept, other=0.0).to(tl.float32), KIND)
+    shift = 0
+    if GATED:
+        hidden *= tl.load(wide + K, mask=is_kept, other=0.0).to(tl.float32)
+        shift = K
+    if CORRECTED:
+        given_up = tl.load(given_up_ptr + tokens[:, None] * stride_given_up + c[None, :], mask=is_kept, other=0.0)
+        hidden -= given_up.to(tl.float32)
+    is_tail = is_t[:, None] & (c >= K)[None, :] & (c < K + R)[None, :]
+    hidden = tl.where(is_kept, hidden, tl.load(wide + shift, mask=is_tail, other=0.0).to(tl.float32))
+    out = hidden_ptr + tokens[:, None] * stride_hidden + c[None, :]
+    tl.store(out, hidden.to(hidden_ptr.dtype.element_ty), mask=is_kept | is_tail)
+
+
+@triton.jit
+def mlp_activation_bwd_kernel(
+    grad_ptr,
+    wide_ptr,
+    given_up_ptr,
+    grad_wide_ptr,
+    T,
+    K,
+    R,
+    stride_grad,
+    stride_wide,
+    stride_given_up,
+    stride_grad_wide,
+    GATED: tl.constexpr,
+    CORRECTED: tl.constexpr,
+    KIND: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Gradient ``[T, K + R]`` of the activations to ``[T, 2K + R]``; ``given_up`` ``[T, R]`` is what z loses."""
+    t = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    c = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tokens, is_t = t.to(tl.int64), t < T
+    is_kept = is_t[:, None] & (c < K)[None, :]
+    is_tail = is_t[:, None] & (c >= K)[None, :] & (c < K + R)[None, :]
+    grad = tl.load(grad_ptr + tokens[:, None] * stride_grad + c[None, :], mask=is_kept | is_tail, other=0.0)
+    grad = grad.to(tl.float32)
+    wide = wide_ptr + tokens[:, None] * stride_wide + c[None, :]
+    first = tl.load(wide, mask=is_kept, other=0.0).to(tl.float32)
+    grad_first = grad * activate_grad(first, KIND)
+    out = grad_wide_ptr + tokens[:, None] * stride_grad_wide + c[None, :]
+    narrow = grad_wide_ptr.dtype.element_ty
+    shift = 0
+    if GATED:
+        grad_first *= tl.load(wide + K, mask=is_kept, other=0.0).to(tl.float32)
+        tl.store(out + K, (grad * activate(first, KIND)).to(narrow), mask=is_kept)
+        shift = K
+    tl.store(out, grad_first.to(narrow), mask=is_kept)
+    if CORRECTED:
+        given_up = given_up_ptr + tokens[:, None] * stride_given_up + (c[None, :] - K)
+        grad -= tl.load(given_up, mask=is_tail, other=0.0).to(tl.float32)
+    tl.store(out + shift, grad.to(narrow), mask=is_tail)
+
+
+def mlp_in_fwd(
+    x: torch.Tensor,
+    gate: torch.Tensor | None,
+    up: torch.Tensor,
+    index: torch.Tensor,
+    kind: str,
+    tile: Tile,
+    gate_bias: torch.Tensor | None = None,
+    up_bias: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Products and activations at kept width.
+
+    Args:
+        x: ``[T, H]``, columns contiguous.
+        gate: ``[N, H]``, or None.
+        up: ``[N, H]``, strides as gate's.
+        index: int64 ``[K]``.
+        kind: name of the activation.
+        tile: block sizes.
+        gate_bias: ``[N]`` or None; both biases are there or neither.
+        up_bias: likewise.
+
+    Returns:
+        ``[T, 2K]`` (``[T, K]`` without a gate) and ``[T, K]``.
+    """
+    tokens, keep = len(x), len(index)
+    wide = x.new_empty(tokens, keep if gate is None else 2 * keep)
+    hidden = x.new_empty(tokens, keep)
+    launch(
+        mlp_in_fwd_kernel,
+        (triton.cdiv(tokens, tile.m), triton.cdiv(keep, tile.n)),
+        x,
+        x,
+        up if gate is None else gate,
+        up,
+        x if gate_bias is None else gate_bias,
+        x if up_bias is None else up_bias,
+        index,
+        wide,
+        hidden,
+        tokens,
+        x.shape[1],
+        keep,
+        x.stride(0),
+        up.stride(0),
+        wide.stride(0),
+        hidden.stride(0),
+        GATED=gate is not None,
+        BIASED=up_bias is not None,
+        KIND=kind,
+        **tile.options(x.element_size()),
+        **numerics(x.dtype),
+    )
+    return wide, hidden
+
+
+def mlp_activation_fwd(
+    wide: torch.Tensor, keep: int, gated: bool, kind: str, tile: Tile, given_up: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Activations of the products ``[T, M K + r]``: ``[T, K + r]``, less ``given_up`` ``[T, K]`` on kept channels."""
+    tokens, tail = len(wide), wide.shape[1] - (1 + gated) * keep
+    hidden = wide.new_empty(tokens, keep + tail)
+    launch(
+        mlp_activation_fwd_kernel,
+        (triton.cdiv(tokens, tile.m), triton.cdiv(keep + tail, tile.n)),
+        wide,
+        wide,
+        wide if given_up is None else given_up,
+        hidden,
+        tokens,
+        keep,
+        tail,
+        wide.stride(0),
+        0 if given_up is None else given_up.stride(0),
+        hidden.stride(0),
+        GATED=gated,
+        CORRECTED=given_up is not None,
+        KIND=kind,
+        **tile.options(),
+    )
+    return hidden
+
+
+def mlp_activation_bwd(
+    grad: torch.Tensor,
+    wide: torch.Tensor,
+    keep: int,
+    gated: bool,
+    kind: str,
+    tile: Tile,
+    given_up: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Backward of `mlp_activation_fwd`.
+
+    Args:
+        grad: ``[T, K + r]``.
+        wide: at least the first ``M K`` columns of the products.
+        keep: K.
+        gated: whether M is 2.
+        kind: name of the activation.
+        tile: block sizes.
+        given_up: ``[T, r]``, taken off the gradient of the last r columns, or None.
+
+    Returns:
+        ``[T, M K + r]``.
+    """
+    tokens, tail = len(grad), grad.shape[1] - keep
+    grad_wide = grad.new_empty(tokens, (1 + gated) * keep + tail)
+    launch(
+        mlp_activation_bwd_kernel,
+        (triton.cdiv(tokens, tile.m), triton.cdiv(keep + tail, tile.n)),
+        grad,
+        grad,
+        wide,
+        grad if given_up is None else given_up,
+        grad_wide,
+        tokens,
+        keep,
+        tail,
+        grad.stride(0),
+        wide.stride(0),
+        0 if given_up is None else given_up.stride(0),
+        grad_wide.stride(0),
+        GATED=gated,
+        CORRECTED=given_up is not None,
+        KIND=kind,
+        **tile.options(),
+    )
+    return grad_wide
