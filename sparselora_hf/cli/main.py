@@ -4,9 +4,9 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-__all__ = ["COMMANDS", "main"]
+__all__ = ["COMMANDS", "guarded", "main"]
 
 COMMANDS = {
     "doctor": "check versions, devices and cache, and test that sparsity 0 equals the dense model",
@@ -30,6 +30,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def guarded(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
+    """Run a command; an error in what the user gave becomes one line and exit code 2."""
+    try:
+        return command(argv)
+    except (ImportError, OSError, ValueError) as error:
+        if os.environ.get(TRACEBACK_VARIABLE) == "1":
+            raise
+        sys.stderr.write(f"sparselora: error: {' '.join(str(error).split())}\n")
+        return 2
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand.
 
@@ -41,13 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     command = _parser().parse_args(argv[:1]).command
-    try:
-        return importlib.import_module(f"{__package__}.{command}").main(argv[1:])
-    except (ImportError, OSError, ValueError) as error:
-        if os.environ.get(TRACEBACK_VARIABLE) == "1":
-            raise
-        sys.stderr.write(f"sparselora: error: {' '.join(str(error).split())}\n")
-        return 2
+    return guarded(importlib.import_module(f"{__package__}.{command}").main, argv[1:])
 
 
 if __name__ == "__main__":
