@@ -15,7 +15,6 @@ import csv
 import json
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +65,9 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["lora", "sparselora"], help="first: baseline")
+    parser.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=["lora", "sparselora"], help="first: baseline"
+    )
     parser.add_argument("--held-out", type=int, default=200, help="rows that no method trains on, for the loss")
     parser.add_argument("--score-rows", type=int, default=0, help="of these, rows for exact match of greedy answers")
     parser.add_argument("--evaluations", type=int, default=10, help="evaluations during a run")
