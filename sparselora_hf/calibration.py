@@ -38,11 +38,17 @@ class Calibration:
 
     def __init__(self, config: SparseLoraConfig) -> None:
         self.config = config
-        self.reservoir = Reservoir(config.calibration_tokens, config.seed)
-        self.fitted = False
         self.scores: dict[tuple[int, str], torch.Tensor] = {}
         self.factors: dict[tuple[int, str], LowRank] = {}
         self.stand_ins: dict[int, StandIn] = {}
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget sample and fit: a new run starts from its own dense steps."""
+        self.reservoir = Reservoir(self.config.calibration_tokens, self.config.seed)
+        self.fitted = False
+        for learned in (self.scores, self.factors, self.stand_ins):
+            learned.clear()
 
     @property
     def gathers(self) -> bool:
@@ -57,7 +63,7 @@ class Calibration:
     @torch.no_grad()
     def fit_mlp(self, layer: int, view: MlpView, keep: int) -> None:
         """Fit everything that the configuration asks for of one MLP that keeps ``keep`` channels."""
-        x = self.reservoir.get(f"mlp.{layer}")
+        x = self._sample(f"mlp.{layer}")
         h = view.channels(x).float()
         if self.config.criterion == "svd_whitened":
             self._whiten(layer, view.inputs, x)
@@ -65,6 +71,17 @@ class Calibration:
             self.scores[layer, "mlp"] = h.norm(dim=0)
         if self.config.compensation != "none":
             self.stand_ins[layer] = self._stand_in(layer, x.float(), h, read_whole(view.down.weight), keep)
+
+    def _sample(self, key: str) -> torch.Tensor:
+        """Sampled rows of one part, without those that a broken batch made NaN or infinite."""
+        x = self.reservoir.get(key)
+        sound = x[x.isfinite().all(1)]
+        if not len(sound):
+            raise RuntimeError(
+                f"{key}: every hidden state that dense steps sampled holds NaN or infinity. Training has diverged "
+                "before sparsity started: lower the learning rate, or train in bf16 rather than fp16."
+            )
+        return sound
 
     def _stand_in(self, layer: int, x: torch.Tensor, h: torch.Tensor, down: torch.Tensor, keep: int) -> StandIn:
         rank = self.config.compensation_rank if self.config.compensation == "low_rank" else 0
@@ -79,7 +96,7 @@ class Calibration:
     @torch.no_grad()
     def fit_attention(self, layer: int, view: AttentionView) -> None:
         """Fit what the configuration asks for of one attention module."""
-        x = self.reservoir.get(f"attention.{layer}")
+        x = self._sample(f"attention.{layer}")
         if self.config.criterion == "svd_whitened":
             self._whiten(layer, view.inputs, x)
         if self.config.criterion == "static":

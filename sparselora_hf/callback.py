@@ -7,11 +7,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from .attach import sparsify
-from .config import SparseLoraConfig
+from .config import CONFIG_FILE, SparseLoraConfig
 from .families import ModelFamily
-from .handle import CALIBRATION_FILE, SparseLoraHandle
+from .handle import SparseLoraHandle
 from .placement import check_engine
-from .schedule import Schedule
 
 __all__ = ["SparseLoraCallback"]
 
@@ -46,7 +45,6 @@ class SparseLoraCallback(TrainerCallback):
         self._config = sparse if isinstance(sparse, SparseLoraConfig) else None
         self._family = model_family
         self.handle = None if self._config else sparse
-        self.schedule: Schedule | None = None
 
     def on_init_end(self, args, state, control, model=None, **kwargs) -> None:
         """Sparsify the model before an engine wraps or shards it."""
@@ -58,31 +56,22 @@ class SparseLoraCallback(TrainerCallback):
         """Resolve the schedule against the length of the run; refuse engines that a sparse model does not run in."""
         check_engine(args.n_gpu)
         self.on_init_end(args, state, control, model)
-        self.schedule = Schedule.of(self.handle.config, state.max_steps)
-        self.handle.state.meter.reset()
-        if state.global_step and self.handle.state.calibration.is_blank:
+        if state.global_step and self.handle.config.needs_statistics:
             self._resume(args, state.global_step)
-        self._switch(state.global_step)
+        self.handle.begin_run(state.max_steps, state.global_step)
 
     def _resume(self, args, step: int) -> None:
+        """Start again from the checkpoint's statistics, also where a first try of this run had gathered others."""
         given = args.resume_from_checkpoint
-        named = [Path(given)] if isinstance(given, str) else []
-        for folder in (*named, Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"):
-            if (folder / CALIBRATION_FILE).is_file():
-                if SparseLoraConfig.from_yaml(folder).to_dict() == self.handle.config.to_dict():
-                    self.handle.load(folder)
-                return
+        named = [self.handle.source, given if isinstance(given, str) else None]
+        usual = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        folders = [Path(folder) for folder in (*named, usual) if folder and (Path(folder) / CONFIG_FILE).is_file()]
+        if folders and SparseLoraConfig.from_yaml(folders[0]).to_dict() == self.handle.config.to_dict():
+            self.handle.load(folders[0])
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         """Switch where the schedule says so."""
-        self.handle.state.step = state.global_step * args.gradient_accumulation_steps
-        self._switch(state.global_step)
-
-    def _switch(self, step: int) -> None:
-        enabled = self.handle.config.is_sparse and self.schedule.is_sparse(step)
-        if enabled != self.handle.enabled:
-            self.handle.set_enabled(enabled)
-            logger.info(f"SparseLoRA: sparsity {'on' if enabled else 'off'} from step {step + 1}.")
+        self.handle.begin_step(state.global_step, args.gradient_accumulation_steps)
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         """Add the figures of the last interval to a training log."""
@@ -97,7 +86,7 @@ class SparseLoraCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         """Leave a dense model behind, and a plain one where the callback made it sparse."""
-        self.handle.state.reset()
+        self.handle.end_run()
         if self._config:
             self.handle.restore()
             self.handle = None

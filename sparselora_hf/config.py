@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .files import write_atomically
 from .layers import check_sparsity, per_layer_sparsity
 from .presets import get_preset
 
@@ -188,12 +189,15 @@ class SparseLoraConfig:
         return values
 
     def to_yaml(self, path: str | Path) -> Path:
-        """Write all fields; a folder gets a file named `sparselora_config.yaml`. Returns the file's path."""
+        """Write all fields; a folder gets a file named `sparselora_config.yaml`. Returns the file's path.
+
+        The file is written whole or not at all: half of it would read as other settings.
+        """
         import yaml
 
         path = Path(path)
         path = path / CONFIG_FILE if path.is_dir() else path
-        path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False), encoding="utf-8")
+        write_atomically(path, yaml.safe_dump(self.to_dict(), sort_keys=False).encode())
         return path
 
 

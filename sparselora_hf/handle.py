@@ -5,16 +5,19 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import nn
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from .config import SparseLoraConfig
 from .decoder import Layer, causal_model, decoder_layers
-from .distributed import rank_and_world, whole_weights
+from .distributed import gather_objects, rank_and_world, whole_weights
 from .families import ModelFamily
+from .files import write_atomically
 from .modules.classes import link_of, unpatch
+from .schedule import Schedule
 from .state import SparseState
 from .views import AttentionView, MlpView
 
@@ -48,6 +51,7 @@ class SparseLoraHandle:
         state: shared state of the patched modules.
         decisions: what became of each MLP and attention module.
         attach_seconds: what `sparsify` took, SVD factors included.
+        source: checkpoint that a resumed run takes its statistics from; None looks where checkpoints usually lie.
     """
 
     def __init__(self, model: nn.Module, state: SparseState, family: ModelFamily) -> None:
@@ -56,6 +60,9 @@ class SparseLoraHandle:
         self.family = family
         self.decisions: list[Decision] = []
         self.attach_seconds = 0.0
+        self.source: Path | None = None
+        self._schedule: Schedule | None = None
+        self._has_waited = False
         self._patched: list[nn.Module] = []
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
@@ -78,6 +85,65 @@ class SparseLoraHandle:
         if enabled and self.state.calibration.gathers:
             self.fit()
         self.state.enabled = enabled
+
+    def begin_run(self, max_steps: int, step: int = 0) -> None:
+        """Resolve the schedule against the length of a run; `SparseLoraCallback` calls it, a loop of one's own must.
+
+        Args:
+            max_steps: optimizer steps of the run.
+            step: finished steps, where a run is resumed; 0 forgets what an earlier run had learned.
+
+        Raises:
+            ValueError: no step would be sparse, or another library has replaced the forward of a sparse module.
+        """
+        self._check_forwards()
+        self._has_waited = False
+        self._schedule = Schedule.of(self.config, max_steps)
+        self.state.meter.reset()
+        if not step:
+            self.state.calibration.reset()
+        self.begin_step(step)
+
+    def begin_step(self, step: int, accumulation: int = 1) -> None:
+        """Switch where the schedule says so; to be called before the first micro-batch of an optimizer step.
+
+        A sparse step that needs statistics of dense ones, where there are none, is dense and gathers them.
+
+        Args:
+            step: finished optimizer steps.
+            accumulation: micro-batches of a step.
+        """
+        self.state.step = step * accumulation
+        enabled = self.config.is_sparse and self._schedule.is_sparse(step) and self._can_be_sparse()
+        if enabled != self.enabled:
+            self.set_enabled(enabled)
+            logger.info(f"SparseLoRA: sparsity {'on' if enabled else 'off'} from step {step + 1}.")
+
+    def end_run(self) -> None:
+        """Leave a dense model behind."""
+        self.source = None
+        self.state.reset()
+
+    def _can_be_sparse(self) -> bool:
+        """Whether any rank has the statistics that sparse steps need; every rank must call."""
+        calibration = self.state.calibration
+        if not calibration.gathers or any(gather_objects(not calibration.is_blank)):
+            return True
+        if not self._has_waited:
+            self._has_waited = True
+            logger.warning(
+                "SparseLoRA: sparsity was to start, but no dense step has sampled a context token. Steps stay dense "
+                "until one has; a resumed run whose statistics lie elsewhere takes them by handle.load(checkpoint)."
+            )
+        return False
+
+    def _check_forwards(self) -> None:
+        replaced = [type(module).__name__ for module in self._patched if "forward" in vars(module)]
+        if replaced:
+            raise ValueError(
+                f"Another library has replaced the forward of {len(replaced)} sparse modules ({replaced[0]}), which "
+                'would run dense. With Liger pass liger_kernel_config={"swiglu": False, "geglu": False}.'
+            )
 
     def fit(self) -> None:
         """Fit the criterion's and the stand-in's statistics to the sample of the dense steps; every rank must call."""
@@ -121,17 +187,34 @@ class SparseLoraHandle:
         tensors = self.state.calibration.tensors(self.device)
         if rank_and_world()[0]:
             return
-        self.config.to_yaml(Path(folder))
         if tensors:
             tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-            save_file(tensors, Path(folder) / CALIBRATION_FILE)
+            write_atomically(Path(folder) / CALIBRATION_FILE, save(tensors))
+        self.config.to_yaml(Path(folder))
 
-    def load(self, folder: str | Path) -> None:
-        """Take back what dense steps had taught by the time a checkpoint was written."""
-        path = Path(folder) / CALIBRATION_FILE
-        if path.is_file():
-            devices = self._layer_devices()
-            self.state.calibration.load({name: t.to(_device_of(name, devices)) for name, t in load_file(path).items()})
+    def load(self, folder: str | Path) -> bool:
+        """Take back what dense steps had taught by the time a checkpoint was written.
+
+        Returns:
+            Whether there was anything to take; if not, a new sample is gathered from the next dense steps.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        self.source, path = Path(folder), Path(folder) / CALIBRATION_FILE
+        calibration, devices = self.state.calibration, self._layer_devices()
+        calibration.reset()
+        if not path.is_file():
+            return False
+        try:
+            tensors = load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{path} is damaged ({error}). Resume from another checkpoint, or delete the file: a new sample is "
+                "then gathered from dense steps."
+            ) from error
+        calibration.load({name: tensor.to(_device_of(name, devices)) for name, tensor in tensors.items()})
+        return True
 
     def _layer_devices(self) -> dict[str, torch.device]:
         layers = decoder_layers(self.model, self.config, self.family)

@@ -77,7 +77,7 @@ def _device(module: nn.Module) -> str:
 def decide(part: Part, config: SparseLoraConfig) -> Decision:
     """What becomes of a part: sparse, exact savings alone, or dense."""
     otherwise = "exact" if config.exact else "dense"
-    obstacle = _why_dense(part.modules)
+    obstacle = _why_dense(part)
     if obstacle:
         return Decision(part.name, "dense", part.width, part.width, obstacle)
     if part.keep == part.width:
@@ -87,10 +87,12 @@ def decide(part: Part, config: SparseLoraConfig) -> Decision:
     return Decision(part.name, "sparse", part.width, part.keep, part.note)
 
 
-def _why_dense(modules: dict[str, nn.Module]) -> str:
+def _why_dense(part: Part) -> str:
     """Reason why a part of a layer cannot be sparse; empty where it can."""
-    for role, module in modules.items():
+    for role, module in part.modules.items():
         base = base_linear(module)
+        if "forward" in vars(part.module if part.is_mlp else base):
+            return "another library has replaced its forward"
         unreadable = why_unreadable(base)
         if unreadable:
             return f"{role} is {unreadable}"

@@ -120,6 +120,7 @@ class SparseState:
         self.withheld: dict[str, str] = {}  # exact savings that the model does not allow, and why
         self.batch: ActiveBatch | None = None
         self.pinned = False  # the trainer began the batch: forwards leave it alone
+        self.set_aside: list[ActiveBatch | None] = []  # batches that wait for forwards without gradients to end
         self.compact = False  # the decoder's final norm passes loss rows on and no others
         self.step = 0
         self.meter = meter
@@ -168,6 +169,7 @@ class SparseState:
     def reset(self) -> None:
         """Forget the batch and switch sparsity off, whatever went before: the model is plain until told otherwise."""
         self.end()
+        self.set_aside.clear()
         self.enabled = self.pinned = self.compact = False
 
 

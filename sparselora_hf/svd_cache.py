@@ -7,7 +7,6 @@ damaged or not ours is rebuilt, never trusted. A cache that cannot be written co
 import hashlib
 import json
 import os
-import tempfile
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from transformers.utils import logging
 
+from .files import write_atomically
 from .ops.quant import FrozenWeight, QuantisedWeight, read_whole
 from .svd import LowRank, truncated_svd
 
@@ -106,7 +106,7 @@ class SvdCache:
         data = save(tensors, metadata={"key": key, "sum": _checksum(factors), "format": _FORMAT})
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            _write_atomically(path, data)
+            write_atomically(path, data)
         except OSError as error:
             self._writable = False
             logger.warning(f"SVD cache {self.folder} cannot be written ({error}); factors are computed in every run.")
@@ -114,14 +114,3 @@ class SvdCache:
 
 def _checksum(factors: LowRank) -> str:
     return hashlib.sha256(json.dumps([fingerprint(factors.down), fingerprint(factors.up)]).encode()).hexdigest()
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -10,12 +10,12 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 from trl import SFTTrainer
 
 from .attach import check_model, sparsify
 from .callback import SparseLoraCallback
+from .checkpoints import newest_checkpoint
 from .collator import PLAN_KEY, PlanCollator
 from .config import CONFIG_FILE, SparseLoraConfig
 from .families import ModelFamily
@@ -37,6 +37,13 @@ Konstantinos N. and Yazdanbakhsh, Amir and Keutzer, Kurt and Han, Song and Liu, 
     year      = {2025}
 }""",
 }
+
+
+class _TrainersCallback(SparseLoraCallback):
+    """The callback of a trainer that saves by itself."""
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        """`SparseLoraTrainer.save_model` has written everything already."""
 
 
 class SparseLoraTrainer(SFTTrainer):
@@ -79,15 +86,22 @@ class SparseLoraTrainer(SFTTrainer):
                 shape = self.model.config.get_text_config()
                 sparse_config = SparseLoraConfig.default(shape.num_hidden_layers, shape.hidden_size)
             self._sparsify(sparse_config)
+            self._leave_mlp_to_us()
         except Exception:
             _unwrap(model, self.model, trained)
             raise
 
     def _sparsify(self, config: SparseLoraConfig) -> None:
         self.sparse_handle = sparsify(self.model, config, family=self._family)
-        self.sparse_callback = SparseLoraCallback(self.sparse_handle)
+        self.sparse_callback = _TrainersCallback(self.sparse_handle)
         self.add_callback(self.sparse_callback)
         logger.info("SparseLoRA:\n" + self.sparse_handle.report())
+
+    def _leave_mlp_to_us(self) -> None:
+        """Liger's other kernels stay; that of the MLP would take the place of the sparse one when training starts."""
+        if self.args.use_liger_kernel:
+            self.args.liger_kernel_config = {**(self.args.liger_kernel_config or {}), "swiglu": False, "geglu": False}
+            logger.warning("SparseLoRA: Liger's MLP kernel is left out, its other kernels are used.")
 
     @property
     def sparse_config(self) -> SparseLoraConfig:
@@ -105,30 +119,29 @@ class SparseLoraTrainer(SFTTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
         """Train as `SFTTrainer.train` does; whatever happens, the model is dense afterwards."""
-        folder = (
-            get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else resume_from_checkpoint
-        )
-        if folder and self._restore_config(Path(folder)):
-            self.sparse_handle.load(folder)
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = newest_checkpoint(self.args.output_dir) or True
+        if isinstance(resume_from_checkpoint, (str, os.PathLike)):
+            self._restore_config(Path(resume_from_checkpoint))
+            self.sparse_handle.source = Path(resume_from_checkpoint)
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
-            self.sparse_handle.state.reset()
+            self.sparse_handle.end_run()
 
-    def _restore_config(self, folder: Path) -> bool:
-        """Take the checkpoint's settings unless others were given; returns whether they are in force."""
+    def _restore_config(self, folder: Path) -> None:
+        """Take the checkpoint's settings unless others were given."""
         if not (folder / CONFIG_FILE).is_file():
-            return False
+            return
         saved = SparseLoraConfig.from_yaml(folder)
         if saved.to_dict() == self.sparse_config.to_dict():
-            return True
+            return
         if self._config_given:
             logger.warning(f"The checkpoint {folder} was trained with other SparseLoRA settings; yours are used.")
-            return False
+            return
         self.sparse_handle.restore()
         self.remove_callback(self.sparse_callback)
         self._sparsify(saved)
-        return True
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """One micro-batch, forward and backward, under its token plan."""
@@ -180,9 +193,14 @@ class SparseLoraTrainer(SFTTrainer):
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | os.PathLike | None = None, _internal_call: bool = False) -> None:
-        """Save as `SFTTrainer` does, with the sparse configuration beside it."""
+        """Save as `SFTTrainer` does, with the sparse configuration beside it, in a checkpoint with the statistics too.
+
+        They are written before the Trainer's state is: a checkpoint that can be resumed is whole.
+        """
         super().save_model(output_dir, _internal_call)
-        if self.args.should_save:
+        if _internal_call and output_dir is not None:
+            self.sparse_handle.save(output_dir)
+        elif self.args.should_save:
             self.sparse_config.to_yaml(Path(output_dir or self.args.output_dir))
 
 

@@ -6,6 +6,7 @@ from helpers import SPARSE, assert_untouched, lora_model, make_batch, snapshot
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from sparselora_hf import SparseLoraCallback, SparseLoraConfig, sparsify
+from sparselora_hf.handle import CALIBRATION_FILE
 
 SPARSE = SPARSE.replace(mlp_sparsity=0.9, attention_sparsity={"1": 0.5}, end_step=5)
 
@@ -179,13 +180,20 @@ def test_callback_with_a_configuration_resumes(tmp_path, step, named):
     assert losses(resumed) == pytest.approx(losses(whole), rel=1e-4)
 
 
-def test_calibration_of_other_settings_is_not_taken(tmp_path):
-    config = SPARSE.replace(criterion="static", start_step=3)
+@pytest.mark.parametrize("lost", [False, True], ids=["other settings", "file lost"])
+def test_statistics_that_cannot_be_taken_are_gathered_anew(tmp_path, lost, caplog):
+    """One step more is dense, and it is said why."""
+    config = SPARSE.replace(criterion="static", start_step=1)
     settings = {"save_strategy": "steps", "save_steps": 1}
     run_by_config(tmp_path, SparseLoraCallback(config), max_steps=2, **settings)
-    callback = SparseLoraCallback(config.replace(start_step=2))
-    with pytest.raises(RuntimeError, match="learn from dense training steps"):
-        run_by_config(tmp_path, callback, resume=str(tmp_path / "checkpoint-2"))
+    if lost:
+        (tmp_path / "checkpoint-2" / CALIBRATION_FILE).unlink()
+    callback = SparseLoraCallback(config if lost else config.replace(seed=1))
+    resumed, _ = run_by_config(tmp_path, callback, resume=str(tmp_path / "checkpoint-2"))
+    sparsity = [log["sparselora/channel_sparsity"] for log in resumed.state.log_history if "loss" in log]
+    assert [value > 0 for value in sparsity] == [False, True, False, True, True, False, False, False]
+    assert caplog.text.count("no dense step has sampled a context token") == 1
+    assert "handle.load(checkpoint)" in caplog.text
 
 
 def test_callback_whose_configuration_does_not_fit(tmp_path):

@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "sparselora_hf"
 
 FLOORS = {
     "families": 0,
+    "files": 0,
     "layers": 0,
     "presets": 0,
     "shapes": 0,
@@ -38,6 +39,7 @@ FLOORS = {
     "parts": 5,
     "selfcheck": 5,
     "callback": 6,
+    "checkpoints": 6,
     "collator": 6,
     "trainer": 7,
     "comparison": 8,

@@ -22,6 +22,7 @@ class AttentionHook:
         self.link = link
         self.kinds = kinds
 
+    @torch.compiler.disable
     @torch.no_grad()
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Choose the sets of this layer for the batch in hand, once per micro-batch."""

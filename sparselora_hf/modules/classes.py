@@ -9,6 +9,7 @@ hide the sparse class's own; it is set aside and serves where all channels are c
 
 import functools
 
+import torch
 from torch import nn
 
 from ..state import LayerLink
@@ -42,7 +43,9 @@ def _blank(dense_class: type, mixin: type) -> nn.Module:
 
 @functools.cache
 def _sparse_class(dense_class: type, mixin: type) -> type:
-    members = {"_dense_class": dense_class, "_mixin": mixin, "__module__": dense_class.__module__}
+    # a compiler would trace row numbers and channel sets, and trace them anew for every batch
+    forward = torch.compiler.disable(mixin.forward)
+    members = {"forward": forward, "_dense_class": dense_class, "_mixin": mixin, "__module__": dense_class.__module__}
     return type(f"Sparse{dense_class.__name__}", (mixin, dense_class), members)
 
 

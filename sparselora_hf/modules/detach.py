@@ -22,6 +22,7 @@ class DetachHook:
         """Put the hook on a decoder layer; returns what removes it."""
         return [layer.register_forward_pre_hook(self)]
 
+    @torch.compiler.disable
     def __call__(self, module: nn.Module, args: tuple) -> tuple | None:
         """Replace the layer's hidden states, its first argument."""
         if self.state.batch is None or not args or _is_reentrant(module):

@@ -22,7 +22,6 @@ class ForwardHook:
 
     def __init__(self, state: SparseState) -> None:
         self.state = state
-        self._set_aside: list = []
 
     def register(self, model: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
         """Put both hooks on a model; returns what removes them."""
@@ -31,17 +30,19 @@ class ForwardHook:
             model.register_forward_hook(self.after, always_call=True),
         ]
 
+    @torch.compiler.disable
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Decide on the batch of this forward."""
-        self._set_aside.append(self.state.batch)
+        self.state.set_aside.append(self.state.batch)
         if not module.training or not torch.is_grad_enabled():
             self.state.end()
         elif not self.state.pinned:
             self._begin(module, kwargs)
 
+    @torch.compiler.disable
     def after(self, module: nn.Module, args: tuple, output: object) -> None:
         """Bring the batch back that a dense forward had set aside."""
-        before = self._set_aside.pop() if self._set_aside else None
+        before = self.state.set_aside.pop() if self.state.set_aside else None
         if self.state.batch is None:
             self.state.batch = before
 

@@ -18,6 +18,7 @@ class CompactHook:
         """Put the hook on the norm; returns what removes it."""
         return [norm.register_forward_pre_hook(self)]
 
+    @torch.compiler.disable
     def __call__(self, module: nn.Module, args: tuple) -> tuple | None:
         """Replace the norm's input."""
         if not self.state.compact or self.state.batch is None:

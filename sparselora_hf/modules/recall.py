@@ -5,6 +5,7 @@ them, so a layer that is recomputed meets the plan and the channel sets of its o
 have come between, and runs dense again where it ran dense.
 """
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -28,10 +29,12 @@ class RecallHooks:
             attention.register_forward_pre_hook(self.receive, with_kwargs=True),
         ]
 
+    @torch.compiler.disable
     def send(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Add the batch in hand to the layer's arguments."""
         return args, {**kwargs, _KEY: self.state.batch}
 
+    @torch.compiler.disable
     def receive(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Take the batch out of the attention's arguments and make it the one in hand."""
         if _KEY not in kwargs:
