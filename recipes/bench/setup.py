@@ -20,6 +20,7 @@ from sparselora_hf import SparseLoraConfig, SparseLoraTrainer
 from sparselora_hf.shapes import MODEL_SHAPES
 
 PROTOCOLS = {"math": (512, 128), "csr": (512, 3), "code": (1024, 512), "wizard": (2048, 512)}
+QUANTIZATIONS = ("none", "nf4", "int8")
 VARIANTS = ("sft", "exact", "sparse", "sparse_no_exact")
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
@@ -65,6 +66,32 @@ def build_model(name: str, device: str, dtype: torch.dtype, seed: int = 0, **ove
     torch.manual_seed(seed)
     with torch.device(device):
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def quantize(model: PreTrainedModel, kind: str, dtype: torch.dtype) -> PreTrainedModel:
+    """Replace the linears of the layers by those of bitsandbytes, as `from_pretrained` with a configuration does.
+
+    Args:
+        model: the model, changed in place.
+        kind: ``nf4`` (with double quantisation) or ``int8``; ``none`` changes nothing.
+        dtype: type of products with 4-bit weights.
+    """
+    if kind == "none":
+        return model
+    import bitsandbytes as bnb
+
+    for name, linear in list(model.base_model.named_modules()):
+        if isinstance(linear, torch.nn.Linear):
+            shape, bias = (linear.in_features, linear.out_features), linear.bias is not None
+            if kind == "nf4":
+                new = bnb.nn.Linear4bit(*shape, bias, compute_dtype=dtype, compress_statistics=True, quant_type="nf4")
+            else:
+                new = bnb.nn.Linear8bitLt(*shape, bias, has_fp16_weights=False)
+            new.load_state_dict(linear.state_dict())
+            model.base_model.set_submodule(name, new.to(linear.weight.device))
+    # TRL keeps adapters on a quantised base in bf16 and knows one by this mark
+    setattr(model, "is_loaded_in_8bit" if kind == "int8" else "is_loaded_in_4bit", True)
+    return model
 
 
 def share_weights(model: PreTrainedModel) -> PreTrainedModel:

@@ -24,7 +24,17 @@ import transformers
 import yaml
 from rich.console import Console
 from rich.table import Table
-from setup import PROTOCOLS, TARGETS, VARIANTS, Workload, build_model, build_trainer, variant_config
+from setup import (
+    PROTOCOLS,
+    QUANTIZATIONS,
+    TARGETS,
+    VARIANTS,
+    Workload,
+    build_model,
+    build_trainer,
+    quantize,
+    variant_config,
+)
 
 from sparselora_hf import SparseLoraConfig
 from sparselora_hf.cost import BatchShape, LoraShape, ModelShape, StepCost, bound, keep_lists, step_cost
@@ -79,6 +89,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="cut the model to so many layers")
     parser.add_argument("--hidden", type=int, help="another width, with the proportions of the shape")
     parser.add_argument("--sparse", help="YAML of SparseLoraConfig settings; left out, the model's or the preset")
+    parser.add_argument("--quantization", choices=QUANTIZATIONS, default="none", help="of the frozen weights")
     parser.add_argument("--lora-rank", type=int, default=16)
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
@@ -110,7 +121,7 @@ def make_model(args: argparse.Namespace):
         overrides |= {"hidden_size": args.hidden, "intermediate_size": args.hidden * 7 // 2}
         overrides |= {"num_attention_heads": heads, "num_key_value_heads": max(1, heads // 4)}
     dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
-    return build_model(args.model, args.device, dtype, **overrides)
+    return quantize(build_model(args.model, args.device, dtype, **overrides), args.quantization, dtype)
 
 
 def make_trainer(args: argparse.Namespace, variant: str, model, steps: int, callbacks: tuple = ()):
@@ -209,6 +220,7 @@ def rows_of(args: argparse.Namespace, argv: list[str]) -> Iterator[dict]:
             "layers": shape.layers,
             "context_share": round(1 - (args.output + 1) / (args.sequence * args.fill), 3),
             "checkpointing": args.checkpointing,
+            **({} if args.quantization == "none" else {"quantization": args.quantization}),
             "speedup": round(speedup, 3),
             "speedup_wall": round(statistics.median(s.wall for s in base) / statistics.median(wall), 3),
             "bound": round(limit, 3),
@@ -296,7 +308,8 @@ def main(argv: list[str] | None = None) -> int:
         probe(args)
         return 0
     rows = list(rows_of(args, argv))
-    append_csv(args.csv or RESULTS / f"step-{args.device}.csv", rows)
+    kind = "step" if args.quantization == "none" else "step-qlora"
+    append_csv(args.csv or RESULTS / f"{kind}-{args.device}.csv", rows)
     Console().print(table_of(rows))
     if args.json:
         print(json.dumps(summary(rows)))
