@@ -71,7 +71,8 @@ def mlp_part(layer: Layer, family: ModelFamily, config: SparseLoraConfig) -> Par
 
 
 def _device(module: nn.Module) -> str:
-    return base_linear(module).weight.device.type
+    base = base_linear(module)  # of some quantisers it has no `weight`
+    return next(tensor.device.type for tensor in (*base.parameters(), *base.buffers()))
 
 
 def decide(part: Part, config: SparseLoraConfig) -> Decision:
