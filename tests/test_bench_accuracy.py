@@ -121,3 +121,64 @@ def test_other_rows_as_context_make_a_whole_plan(bench):
     again = bench.ablations.with_context(swapped, plan.context)
     assert again.sequence.tolist() == plan.sequence.tolist()
     assert again.rest.tolist() == plan.rest.tolist()
+
+
+def row(arm, seed, loss, **more):
+    return {"subject": "s", "steps": "4", "arm": arm, "seed": str(seed), "heldout_loss": str(loss)} | {
+        "exact_match": "",
+        "flops": "0.5",
+        "flops_sparse": "0.4",
+        **more,
+    }
+
+
+def test_gaps_are_paired_by_seed(tables, tmp_path):
+    rows = [row("dense", seed, loss) for seed, loss in enumerate((1.0, 2.0, 4.0))]
+    rows += [row("sparse", seed, loss) for seed, loss in enumerate((1.1, 2.2, 4.3))] + [row("sparse", 9, 50.0)]
+    (gap,) = tables.gaps(rows)
+    assert gap.mean == pytest.approx(0.2)
+    assert gap.half_width == pytest.approx(4.303 * 0.1 / 3**0.5)
+    assert gap.percent == pytest.approx(100 * 0.2 / (7 / 3))
+    assert gap.seeds == 3
+    assert tables.quality_rows(rows, "s", 4)[1] == [["sparse", "+0.2000 ± 0.2484", "+8.57", "50%", "40%", "3"]]
+    tables.draw(rows, "s", 4, tmp_path / "gaps.png")
+    assert (tmp_path / "gaps.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_single_seed_has_no_interval(tables):
+    rows = [row("dense", 0, 1.0, exact_match="90.0"), row("sparse", 0, 1.01, exact_match="88.5", flops="")]
+    (gap,) = tables.gaps(rows)
+    assert gap.half_width is None
+    assert gap.match == pytest.approx(-1.5)
+    assert gap.flops is None
+
+
+@pytest.fixture
+def tables(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    import accuracy_table
+
+    return accuracy_table
+
+
+def test_shares_of_energy(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCH))
+    import accuracy_table
+    import estimators
+
+    tiny_model().save_pretrained(tmp_path / "models" / "tiny")
+    ids = torch.randint(3, 61, (8, 16), generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(estimators, "DATA", tmp_path)
+    monkeypatch.setattr(estimators, "LENGTH", 16)
+    monkeypatch.setattr(estimators, "chunks", lambda *arguments: ids)
+    settings = {name: {"criterion": name, "rank": 4} for name in ("oracle", "random", "static", "svd", "svd_whitened")}
+    monkeypatch.setattr(estimators, "ESTIMATORS", settings)
+    rows = list(estimators.rows_of("tiny", "stories", [0.5, 0.9], batches=2, batch=4))
+    assert len(rows) == 3 * 3 * 2 * (len(settings) + 1)
+    shares = {name: [r["share"] for r in rows if r["estimator"] == name] for name in (*settings, "best fixed set")}
+    assert min(shares["oracle"]) == 1.0
+    assert max(shares["random"]) < 1.0
+    assert sum(shares["best fixed set"]) > sum(shares["static"]) > sum(shares["random"])
+    header, body = accuracy_table.estimator_rows([{**r, "sparsity": str(r["sparsity"])} for r in rows], "mlp")
+    assert header == ["estimator", "tiny, stories, 0.9"]
+    assert body[0] == ["oracle", "1.00 (1.00)"]
