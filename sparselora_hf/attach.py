@@ -246,7 +246,7 @@ def _detach_lowest(handle: SparseLoraHandle) -> None:
 def _trained_below(model: nn.Module, layers: nn.Module, norm: nn.Module) -> str:
     """Name of a trainable parameter that feeds the decoder layers; empty where there is none."""
     base = causal_model(model)
-    above = [layers, norm, base.get_output_embeddings()]
+    above = [layers, norm, *(child for child in base.children() if child is not base.base_model)]  # and the heads
     not_below = {id(p) for module in above for p in module.parameters()}
     not_below -= {id(p) for p in base.get_input_embeddings().parameters()}  # a tied head is both
     names = (name for name, p in base.named_parameters() if p.requires_grad and id(p) not in not_below)

@@ -60,6 +60,7 @@ MODEL_SHAPES = MappingProxyType(
         "qwen2.5-0.5b": _shape(24, 896, 4864, 14, 2, 151936, tied=True, model_type="qwen2"),
         "qwen2.5-7b": _shape(28, 3584, 18944, 28, 4, 152064, model_type="qwen2"),
         "qwen3-8b": _shape(36, 4096, 12288, 32, 8, 151936, model_type="qwen3", head_dim=128),
+        "smollm3-3b": _shape(36, 2048, 11008, 16, 4, 128256, tied=True, model_type="smollm3"),
         "tiny-229m": _shape(12, 1024, 3584, 16, 4, 32000),
     }
 )

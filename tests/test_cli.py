@@ -216,18 +216,21 @@ def test_recipe_errors(capsys, tmp_path, text, message):
 
 
 def smoke(folder: Path, *flags: str) -> list[str]:
-    argv = ["sft", "--config", str(RECIPES / "smoke.yaml"), "--model_name_or_path", str(MODEL)]
-    argv += ["--dataset_name", str(MATH), "--output_dir", str(folder), "--max_steps", "3", "--max_examples", "8"]
-    return [
-        *argv,
-        "--start_step",
-        "1",
-        "--per_device_train_batch_size",
-        "2",
-        "--cache_dir",
-        str(folder / "svd"),
-        *flags,
-    ]
+    """The recipe in small on a real checkpoint and real rows; the checkpoint has five layers."""
+    settings = {
+        "model_name_or_path": MODEL,
+        "dataset_name": MATH,
+        "output_dir": folder,
+        "mlp_sparsity": "{1-3: 0.75}",
+        "attention_sparsity": "{2-3: 0.5}",
+        "start_step": 1,
+        "max_steps": 3,
+        "max_examples": 8,
+        "max_length": 512,
+        "cache_dir": folder / "svd",
+    }
+    named = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    return ["sft", "--config", str(RECIPES / "llama-3-8b.yaml"), "--smoke", *named, *flags]
 
 
 @pytest.fixture

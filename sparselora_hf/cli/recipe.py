@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from ..config import SparseLoraConfig
 from .settings import sparse_arguments, sparse_config, to_arguments
 
-__all__ = ["DATA_FILE", "SMOKE", "DataArguments", "Recipe", "parse", "read_recipe"]
+__all__ = ["DATA_FILE", "SMOKE", "DataArguments", "Recipe", "parse", "parse_groups", "read_recipe"]
 
 DATA_FILE = "sparselora_data.yaml"  # beside the adapter: what `sparselora eval` has to know of the training
 
@@ -22,6 +22,7 @@ SMOKE = {
     "model_name_or_path": None,
     "dataset_name": None,
     "dataset_config": None,
+    "eval_data": None,
     "dataset_test_split": "train",
     "dtype": "float32",
     "attn_implementation": "eager",
@@ -29,7 +30,7 @@ SMOKE = {
     "bf16": False,
     "max_steps": 4,
     "max_examples": 16,
-    "max_length": 256,
+    "max_length": 1024,
     "per_device_train_batch_size": 2,
     "gradient_accumulation_steps": 1,
     "logging_steps": 1,
@@ -143,12 +144,10 @@ def _parser_class() -> type:
     return RecipeParser
 
 
-def _make_parser() -> Any:
+def _make_parser(groups: Sequence[type], prog: str) -> Any:
     import torch
-    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
 
-    groups = (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig, DataArguments, sparse_arguments())
-    parser = _parser_class()(groups, prog="sparselora sft", allow_abbrev=False)
+    parser = _parser_class()(groups, prog=prog, allow_abbrev=False)
     parser.set_defaults_with_config(use_peft=True)
     if not torch.accelerator.is_available():
         # bf16 is TRL's default and about 80x slower than fp32 in backward on CPUs without AVX-512 bf16
@@ -170,22 +169,46 @@ def _split_config(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     return flags[:place] + flags[place + 2 :], values
 
 
-def parse(argv: Sequence[str]) -> Recipe:
-    """Read recipe and flags; flags win.
+def parse_groups(argv: Sequence[str], groups: Sequence[type], prog: str) -> list[Any]:
+    """Read recipe and flags into argument classes; flags win, and `--smoke` wins over the recipe.
+
+    Args:
+        argv: flags, `--config RECIPE` among them.
+        groups: argument classes; SparseLoRA's settings come last of what is returned.
+        prog: name of the command.
 
     Raises:
         FileNotFoundError: no such recipe.
-        ValueError: an unknown key or flag, a value out of range, or a sparse run without LoRA.
+        ValueError: an unknown key or flag, or a value out of range.
     """
     flags, values = _split_config(argv)
     if "--smoke" in flags:
-        values = {**values, **SMOKE, "sparselora": {**(values.get("sparselora") or {}), **_SMOKE_SPARSITY}}
-    parser = _make_parser()
+        values = _in_small(values, {field.name for group in groups for field in dataclasses.fields(group)})
+    parser = _make_parser([*groups, sparse_arguments()], prog)
     unknown = parser.set_defaults_with_config(**values)
     if unknown:
         raise ValueError(f"The recipe has keys that nothing reads: {', '.join(n[2:] for n in unknown[::2])}.")
-    *arguments, data, sparse = parser.parse_args_into_dataclasses(args=flags)
-    recipe = Recipe(*arguments, data, sparse_config(vars(sparse)))
+    *arguments, sparse = parser.parse_args_into_dataclasses(args=flags)
+    return [*arguments, sparse_config(vars(sparse))]
+
+
+def _in_small(values: dict[str, Any], known: set[str]) -> dict[str, Any]:
+    section = {**(values.get("sparselora") or {}), **_SMOKE_SPARSITY}
+    folder = f"{values.get('output_dir', 'runs/recipe')}-smoke"
+    small = {name: value for name, value in SMOKE.items() if name in known}
+    return {**values, **small, "output_dir": folder, "sparselora": section}
+
+
+def parse(argv: Sequence[str]) -> Recipe:
+    """Read the recipe and flags of a fine-tuning.
+
+    Raises:
+        FileNotFoundError, ValueError: see `parse_groups`; or a sparse run without LoRA.
+    """
+    from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
+
+    groups = (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig, DataArguments)
+    recipe = Recipe(*parse_groups(argv, groups, "sparselora sft"))
     _check(recipe)
     return recipe
 

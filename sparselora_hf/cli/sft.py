@@ -114,7 +114,7 @@ def _evaluate(recipe: Recipe) -> int:
     data, batch = recipe.data, recipe.training.per_device_eval_batch_size
     flags = [recipe.training.output_dir, "--task", *data.eval_tasks, "--batch-size", str(batch)]
     flags += ["--data", data.eval_data] if data.eval_data else []
-    flags += ["--max-new-tokens", "8", "--limit", "2", "--overwrite"] if data.smoke else []
+    flags += ["--max-new-tokens", "8", "--limit", "1", "--overwrite"] if data.smoke else []
     return evaluate(flags)
 
 
