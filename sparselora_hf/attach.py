@@ -7,6 +7,7 @@ meet, and `SparseLoraHandle.restore` returns the model bit for bit.
 import time
 from collections.abc import Iterator
 
+from peft import PeftModel
 from torch import nn
 from tqdm.auto import tqdm
 from transformers.utils import logging
@@ -36,6 +37,7 @@ from .selfcheck import difference
 from .state import LayerLink, SparseState
 from .svd import LowRank
 from .svd_cache import SvdCache
+from .versions import check_versions, peft_skips_model_hooks
 from .views import AttentionView, MlpView, Projection, base_linear, part_of
 
 __all__ = ["attach", "check_model", "sparsify"]
@@ -103,6 +105,7 @@ def sparsify(
     Raises:
         ValueError: the configuration does not fit the model; the model is untouched then.
     """
+    check_versions("torch", "transformers", "peft", "accelerate")
     return attach(model, config, check_model(model, config, family), progress)
 
 
@@ -128,11 +131,11 @@ def attach(
     handle = SparseLoraHandle(model, SparseState(config, criterion, calibration, Meter(shape)), family)
     try:
         handle._hooks.append(TrainingLayout(model))
-        for layer in layers:
-            handle._hooks += RecallHooks(handle.state).register(layer.module, layer.attention)
+        attentions = [layer.attention for layer in layers]
+        handle._hooks += RecallHooks(handle.state).register(language_decoder(model), attentions)
         for layer, part, decision in plans:
             _patch_part(handle, layer, part, decision, last=layer.number == len(layers) - 1)
-        handle._hooks += ForwardHook(handle.state).register(causal_model(model))
+        handle._hooks += ForwardHook(handle.state).register(*_entrances(model))
         handle._hooks += CompactHook(handle.state).register(part_of(language_decoder(model), family, "norm"))
         _detach_lowest(handle)
     except BaseException:
@@ -153,6 +156,12 @@ def _plan(
         yield mlp, decide(mlp, config)
     if layer.experts:
         yield None, Decision(f"{layer.name}.{family.mlp}.{family.experts}", "dense", 0, 0, _EXPERTS)
+
+
+def _entrances(model: nn.Module) -> list[nn.Module]:
+    """Modules whose hooks a forward meets: the causal model's, and PEFT's tuner's where it passes by the model's."""
+    tuner = [model.base_model] if isinstance(model, PeftModel) and peft_skips_model_hooks() else []
+    return [causal_model(model), *tuner]
 
 
 def _factors(

@@ -79,16 +79,15 @@ def check_engine(n_gpu: int) -> None:
 
     state = AcceleratorState()
     kind, parallel = state.distributed_type, state.parallelism_config
-    fsdp1 = kind == DistributedType.FSDP and state.fsdp_plugin.fsdp_version == 1
-    zero3 = kind == DistributedType.DEEPSPEED and state.deepspeed_plugin.zero_stage == 3
+    split = set(parallel.active_mesh_dims) if parallel is not None else set()
     refused = {
         "DataParallel on several GPUs of one process": n_gpu > 1,
-        "FSDP version 1": fsdp1,
-        "DeepSpeed ZeRO-3": zero3,
+        "FSDP version 1": kind == DistributedType.FSDP and state.fsdp_plugin.fsdp_version == 1,
+        "DeepSpeed ZeRO-3": kind == DistributedType.DEEPSPEED and state.deepspeed_plugin.zero_stage == 3,
         "Megatron-LM": kind == DistributedType.MEGATRON_LM,
-        "tensor parallelism": parallel is not None and parallel.tp_enabled,
-        "context parallelism": parallel is not None and parallel.cp_enabled,
-        "sequence parallelism": parallel is not None and parallel.sp_enabled,
+        "tensor parallelism": "tp" in split,
+        "context parallelism": "cp" in split,
+        "sequence parallelism": "sp" in split,
     }
     for engine, used in refused.items():
         if used:

@@ -20,6 +20,7 @@ from .collator import PLAN_KEY, PlanCollator
 from .config import CONFIG_FILE, SparseLoraConfig
 from .families import ModelFamily
 from .plan import IGNORE_INDEX, TokenPlan
+from .versions import SUPPORTED, check_versions
 
 __all__ = ["SparseLoraTrainer"]
 
@@ -73,6 +74,7 @@ class SparseLoraTrainer(SFTTrainer):
         model_family: ModelFamily | None = None,
         **kwargs: Any,
     ) -> None:
+        check_versions(*SUPPORTED)
         given = inspect.signature(SFTTrainer).bind_partial(*args, **kwargs).arguments
         model = given.get("model")
         self._config_given = sparse_config is not None

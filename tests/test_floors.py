@@ -14,6 +14,7 @@ FLOORS = {
     "presets": 0,
     "shapes": 0,
     "config": 0,
+    "versions": 0,
     "kernels": 0,
     "ops": 1,
     "calibration": 2,

@@ -118,9 +118,8 @@ def test_zero_3_is_refused_before_its_weights_are_split(monkeypatch):
     assert_untouched(model, before)
 
 
-def parallel(**enabled):
-    kinds = ("tp_enabled", "cp_enabled", "sp_enabled")
-    return {"parallelism_config": types.SimpleNamespace(**dict.fromkeys(kinds, False) | enabled)}
+def parallel(*dims):
+    return {"parallelism_config": types.SimpleNamespace(active_mesh_dims=["dp_shard", *dims])}
 
 
 ENGINES = {
@@ -128,9 +127,9 @@ ENGINES = {
     "FSDP version 1": {"distributed_type": "FSDP", "fsdp_plugin": types.SimpleNamespace(fsdp_version=1)},
     "ZeRO-3": {"distributed_type": "DEEPSPEED", "deepspeed_plugin": types.SimpleNamespace(zero_stage=3)},
     "Megatron-LM": {"distributed_type": "MEGATRON_LM"},
-    "tensor parallelism": parallel(tp_enabled=True),
-    "context parallelism": parallel(cp_enabled=True),
-    "sequence parallelism": parallel(sp_enabled=True),
+    "tensor parallelism": parallel("tp"),
+    "context parallelism": parallel("cp"),
+    "sequence parallelism": parallel("sp"),
     None: {"distributed_type": "FSDP", "fsdp_plugin": types.SimpleNamespace(fsdp_version=2), **parallel()},
 }
 

@@ -23,11 +23,15 @@ class ForwardHook:
     def __init__(self, state: SparseState) -> None:
         self.state = state
 
-    def register(self, model: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
-        """Put both hooks on a model; returns what removes them."""
+    def register(self, *models: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
+        """Put both hooks on models of which one call passes a single one; returns what removes them."""
         return [
-            model.register_forward_pre_hook(self.before, with_kwargs=True),
-            model.register_forward_hook(self.after, always_call=True),
+            handle
+            for model in models
+            for handle in (
+                model.register_forward_pre_hook(self.before, with_kwargs=True),
+                model.register_forward_hook(self.after, always_call=True),
+            )
         ]
 
     @torch.compiler.disable

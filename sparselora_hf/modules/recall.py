@@ -5,6 +5,8 @@ them, so a layer that is recomputed meets the plan and the channel sets of its o
 have come between, and runs dense again where it ran dense.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -17,21 +19,23 @@ _KEY = "sparselora_batch"
 
 
 class RecallHooks:
-    """Forward pre-hooks on a decoder layer, called once per forward, and on its attention, called each time."""
+    """Forward pre-hooks on the decoder, called once per forward, and on each attention, called each time.
+
+    Decoders hand keyword arguments on to their layers, and layers to attention. A hook on the layer itself would run
+    again in recomputation with transformers before 5.17, and then send the batch that is in hand by that time.
+    """
 
     def __init__(self, state: SparseState) -> None:
         self.state = state
 
-    def register(self, layer: nn.Module, attention: nn.Module) -> list[RemovableHandle]:
-        """Put the hooks on one layer; returns what removes them."""
-        return [
-            layer.register_forward_pre_hook(self.send, with_kwargs=True),
-            attention.register_forward_pre_hook(self.receive, with_kwargs=True),
-        ]
+    def register(self, decoder: nn.Module, attentions: Iterable[nn.Module]) -> list[RemovableHandle]:
+        """Put the hooks on a decoder; returns what removes them."""
+        receivers = [attention.register_forward_pre_hook(self.receive, with_kwargs=True) for attention in attentions]
+        return [decoder.register_forward_pre_hook(self.send, with_kwargs=True), *receivers]
 
     @torch.compiler.disable
     def send(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """Add the batch in hand to the layer's arguments."""
+        """Add the batch in hand to the decoder's arguments."""
         return args, {**kwargs, _KEY: self.state.batch}
 
     @torch.compiler.disable
