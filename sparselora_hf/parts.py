@@ -92,8 +92,6 @@ def _why_dense(part: Part) -> str:
     """Reason why a part of a layer cannot be sparse; empty where it can."""
     for role, module in part.modules.items():
         base = base_linear(module)
-        if "forward" in vars(part.module if part.is_mlp else base):
-            return "another library has replaced its forward"
         unreadable = why_unreadable(base)
         if unreadable:
             return f"{role} is {unreadable}"
