@@ -145,6 +145,14 @@ class SparseLoraTrainer(SFTTrainer):
         self.remove_callback(self.sparse_callback)
         self._sparsify(saved)
 
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Load as `SFTTrainer` does; adapters on a quantised base, which TRL keeps in bf16, do not come back wider."""
+        dtypes = {name: p.dtype for name, p in self.model.named_parameters() if p.requires_grad}
+        super()._load_from_checkpoint(*args, **kwargs)
+        for name, parameter in self.model.named_parameters():
+            if name in dtypes:
+                parameter.data = parameter.data.to(dtypes[name])
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """One micro-batch, forward and backward, under its token plan."""
         state = self.sparse_handle.state

@@ -111,6 +111,7 @@ _TRAINER_ARGUMENTS = {
     "eval_dataset",
     "peft_config",
     "processing_class",
+    "quantization_config",
 }
 
 

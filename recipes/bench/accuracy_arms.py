@@ -141,6 +141,7 @@ _TOKENS = {
     "svd@0.9, a set per sequence": _criterion("svd", "tokens", micro_batch=1),
     "oracle@0.9, a set per sequence": _criterion("oracle", "tokens", micro_batch=1),
 }
+_QLORA = {"static+r8@0.9, inner layers": _static("qlora", 8, span="inner")}
 _ATTENTION = {
     "svd attention@0.75, RoPE pairs": Arm("attention", mlp=0.0, attention=0.75, study="rope_pairs"),
     "svd attention@0.75, QK alone": Arm("attention", mlp=0.0, attention=0.75, study="qk_alone"),
@@ -148,7 +149,7 @@ _ATTENTION = {
     "svd attention@0.75, sliced branch": Arm("attention", mlp=0.0, attention=0.75, settings={"lora_branch": "sliced"}),
 }
 
-_GROUPS = (_CRITERIA, _MAIN, _SCALE, _MAPPING, _WARM_UP, _CURVE, _RANK, _FAR, _DEPTH, _TOKENS, _ATTENTION)
+_GROUPS = (_CRITERIA, _MAIN, _SCALE, _MAPPING, _WARM_UP, _CURVE, _RANK, _FAR, _DEPTH, _TOKENS, _QLORA, _ATTENTION)
 ARMS = MappingProxyType({name: arm for group in _GROUPS for name, arm in group.items()})
 """All arms by name; one that stands in several groups belongs to the last that names it."""
 

@@ -16,8 +16,10 @@ from types import MappingProxyType
 
 import torch
 from datasets import Dataset
+from setup import quantize
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedModel, set_seed
 
+from sparselora_hf.modules.layout import TrainingLayout
 from sparselora_hf.world import build_tokenizer, finetuning_examples
 
 DATA = Path(os.environ.get("SPARSELORA_DATA", Path(__file__).parents[3] / "shared" / "data"))
@@ -76,6 +78,7 @@ class TextSubject:
         checkpoint: folder under `DATA/models`.
         text: a name out of `TEXTS`.
         context: share of a row that is context.
+        quantization: of the frozen weights, a name out of `setup.QUANTIZATIONS`.
     """
 
     checkpoint: str
@@ -86,6 +89,7 @@ class TextSubject:
     length: int = 256
     learning_rate: float = 3e-3
     held_out: int = 96
+    quantization: str = "none"
 
     @property
     def folder(self) -> Path:
@@ -102,8 +106,11 @@ class TextSubject:
             raise FileNotFoundError(f"{self.folder} does not exist. Set SPARSELORA_DATA to the folder of the data.")
 
     def model(self, work_dir: Path) -> PreTrainedModel:
-        """The checkpoint, in float32."""
-        return AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
+        """The checkpoint, in float32 but for quantised weights."""
+        model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
+        model = quantize(model, self.quantization, torch.float32)
+        TrainingLayout(model)  # without it bitsandbytes cannot evaluate these widths on CPUs with bf16 instructions
+        return model
 
     def tokenizer(self, work_dir: Path):
         """Its tokenizer."""
@@ -180,6 +187,9 @@ SUBJECTS = MappingProxyType(
         "babyllama361-90": TextSubject("babyllama361", context=0.9),
         "babyllama361-97": TextSubject("babyllama361", context=0.97),
         "babyllama361-stories": TextSubject("babyllama361", text="stories"),
+        "babyllama361-stories-nf4": TextSubject(
+            "babyllama361", text="stories", quantization="nf4", learning_rate=1e-3
+        ),
         "stories260K": TextSubject("stories260K"),
         "stories260K-97": TextSubject("stories260K", context=0.97),
         "stories260K-stories": TextSubject("stories260K", text="stories"),
