@@ -19,6 +19,7 @@ from .criteria import CRITERIA
 from .decoder import Layer, causal_model, decoder_layers, language_decoder
 from .families import ModelFamily, find_family
 from .handle import Decision, SparseLoraHandle
+from .kernels.runtime import blocker
 from .meter import Meter
 from .meter import Part as Metered
 from .modules.attention import AttentionHook
@@ -116,8 +117,9 @@ def attach(
     start = time.perf_counter()
     _check_config(model, config, family)
     _check_adapters(model)
-    if config.kernels == "triton":
-        raise ValueError('kernels: "triton" is not available in this version. Use "auto" or "torch".')
+    obstacle = blocker(causal_model(model).get_input_embeddings().weight.device) if config.kernels == "triton" else ""
+    if obstacle:
+        raise ValueError(f'kernels: "triton" cannot be had: {obstacle}. Use "auto", which takes Triton where it can.')
     if any(isinstance(module, Patched) for module in model.modules()):
         raise ValueError("The model is sparse already. Call restore() on its handle first.")
     text_config = causal_model(model).config.get_text_config()

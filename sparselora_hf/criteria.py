@@ -14,6 +14,8 @@ import torch
 
 from .calibration import Calibration
 from .config import SparseLoraConfig
+from .ops.activations import activation_kind
+from .ops.estimator import gated_norms
 from .ops.transfer import to_device
 from .svd import LowRank
 from .views import AttentionView, MlpView
@@ -42,6 +44,7 @@ class Criterion:
         self.calibration = calibration
         self.score_tokens = config.score_tokens or self.default_tokens
         self.seed = config.seed
+        self.kernels = config.kernels
 
     def sample(
         self, x: torch.Tensor, rows: torch.Tensor, sequence: torch.Tensor, groups: int | None = None
@@ -98,6 +101,12 @@ class SvdCriterion(Criterion):
     def mlp(self, layer: int, view: MlpView, x: torch.Tensor, step: int) -> torch.Tensor:
         """Scores of MLP channels from the factors of its inputs, ``[N]``."""
         inputs = [(self._factor(layer, role), projection.bias) for role, projection in view.inputs.items()]
+        if len(inputs) == 2 and layer not in self.calibration.stand_ins:
+            factors, biases = zip(*inputs, strict=True)
+            pairs = [(factor.down, factor.up) for factor in factors]
+            fused = gated_norms(x, *pairs, biases, activation_kind(view.activation), self.kernels)
+            if fused is not None:
+                return fused
 
         def channels(rows: torch.Tensor) -> torch.Tensor:
             return view.combine([_biased(factor(rows), bias) for factor, bias in inputs])
@@ -106,7 +115,7 @@ class SvdCriterion(Criterion):
 
     def norms(self, layer: int, view: AttentionView, role: str, x: torch.Tensor) -> torch.Tensor:
         """Norm over tokens of each output channel, through the Gram matrix of the projected tokens."""
-        return self._factor(layer, role).channel_norms(x)
+        return self._factor(layer, role).channel_norms(x, self.kernels)
 
     def _factor(self, layer: int, role: str) -> LowRank:
         return self.factors[layer, role]

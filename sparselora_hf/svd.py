@@ -10,6 +10,7 @@ import dataclasses
 import torch
 from torch import nn
 
+from .ops.estimator import channel_norms
 from .ops.quant import frozen_weight, read_whole
 
 __all__ = ["LowRank", "dense_weight", "truncated_svd"]
@@ -33,14 +34,9 @@ class LowRank:
         """Approximate product ``x Wᵀ``: ``[T, in]`` to ``[T, out]``."""
         return self.project(x) @ self.up.t()
 
-    def channel_norms(self, x: torch.Tensor) -> torch.Tensor:
-        """L2 norm over tokens of every output channel, ``[out]``, through the r × r Gram matrix alone.
-
-        ``‖(Z Bᵀ)_c‖² = b_c · ZᵀZ · b_c``: exact, and no token × channel matrix is formed.
-        """
-        z = self.project(x).float()
-        up = self.up.float()
-        return ((up @ (z.t() @ z)) * up).sum(1).clamp(min=0).sqrt()
+    def channel_norms(self, x: torch.Tensor, kernels: str = "auto") -> torch.Tensor:
+        """L2 norm over tokens of every output channel, ``[out]``."""
+        return channel_norms(x, self.down, self.up, kernels)
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> "LowRank":
         """The factors on a device, in a type."""

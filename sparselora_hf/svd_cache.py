@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from transformers.utils import logging
 
+from .cache import default_cache_dir
 from .files import write_atomically
 from .ops.quant import FrozenWeight, QuantisedWeight, read_whole
 from .svd import LowRank, truncated_svd
@@ -24,13 +25,6 @@ logger = logging.get_logger(__name__)
 
 _FORMAT = "sparselora-svd-2"
 _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
-
-
-def default_cache_dir() -> Path:
-    """``$SPARSELORA_CACHE``, else ``sparselora`` under ``$XDG_CACHE_HOME`` or ``~/.cache``."""
-    if "SPARSELORA_CACHE" in os.environ:
-        return Path(os.environ["SPARSELORA_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sparselora"
 
 
 def fingerprint(weight: torch.Tensor) -> str:

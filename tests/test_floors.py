@@ -8,6 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "sparselora_hf"
 
 FLOORS = {
+    "cache": 0,
     "families": 0,
     "files": 0,
     "layers": 0,

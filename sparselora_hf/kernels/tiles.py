@@ -9,7 +9,9 @@ kept, and stages fill what shared memory there is.
 import dataclasses
 from typing import Any
 
-__all__ = ["CHIPS", "TILES", "Chip", "Tile", "chip_of", "tiles_of"]
+import torch
+
+__all__ = ["CHIPS", "TILES", "Chip", "Tile", "chip_of", "tile_for", "tiles_of"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,3 +102,11 @@ def chip_of(capability: tuple[int, int] | None) -> Chip:
 def tiles_of(op: str, capability: tuple[int, int] | None, exact: bool = False) -> tuple[Tile, ...]:
     """Tiles of an operation that fit a chip; ``exact`` is for float32 that keeps its mantissa."""
     return TILES[op]["fma" if exact else chip_of(capability).tiles]
+
+
+def tile_for(op: str, tensor: torch.Tensor, number: int = 0) -> Tile:
+    """Tile of an operation on the chip that holds a tensor, for its type; a number beyond the list is the last."""
+    capability = torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else None
+    exact = tensor.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    tiles = tiles_of(op, capability, exact)
+    return tiles[min(number, len(tiles) - 1)]

@@ -2,9 +2,10 @@
 
 import torch
 
-from ..ops.linear import gathered_columns, gathered_rows
+from ..ops.context import context_linear
 from ..ops.quant import frozen_weight
-from ..ops.rows import join_rows, scatter_channels, select_channels, split_rows
+from ..ops.rows import fork_rows, overlay_rows
+from ..state import Rows
 from .classes import Patched, link_of
 
 __all__ = ["SparseLinear"]
@@ -23,15 +24,16 @@ class SparseLinear(Patched):
         if rows is None:
             return self.dense_forward(x, *args, **kwargs)
         flat = x.reshape(-1, x.shape[-1])
-        dense, context = split_rows(flat, rows.dense, rows.sparse)
-        y_dense = self.dense_forward(dense, *args, **kwargs)
-        y_context = self._sparse(context, link.role, link.channels()) if len(rows.sparse) else y_dense[:0]
-        joined = join_rows(y_dense, y_context, rows.dense, rows.sparse, len(flat))
-        return joined.view(*x.shape[:-1], joined.shape[-1])
+        whole, few = fork_rows(flat, rows.dense, apart=True)
+        y_dense = self.dense_forward(few, *args, **kwargs)
+        # a 4-bit linear computes in a type of its own and answers in that of its input
+        y = self._context(whole, rows).to(y_dense.dtype)
+        return overlay_rows(y, y_dense, rows.dense, apart=True).view(*x.shape[:-1], y.shape[-1])
 
-    def _sparse(self, x: torch.Tensor, role: str, index: torch.Tensor) -> torch.Tensor:
-        weight = frozen_weight(self)
-        if role == "o":
-            return gathered_columns(select_channels(x, index), weight, index, self.bias)
-        y = scatter_channels(gathered_rows(x, weight, index), index, self.out_features)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+    def _context(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """All rows ``[T, out]``, of which the context rows alone are computed."""
+        link, covered = link_of(self), len(rows.dense) + len(rows.sparse)
+        # where there is no context row, no channel set was chosen
+        index = link.channels() if len(rows.sparse) else rows.sparse
+        options = {"over_outputs": link.role != "o", "covered": covered, "kernels": link.state.config.kernels}
+        return context_linear(x, rows.sparse, frozen_weight(self), index, self.bias, **options)

@@ -46,7 +46,7 @@ class SparseMlp(Patched):
         if any(has_branch(module) for module in view.modules.values()):
             y = self._with_branches(view, x, index, stand_in)
         else:
-            y = kept_mlp(x, view.weights(), index, stand_in)
+            y = kept_mlp(x, view.weights(), index, stand_in, link.state.config.kernels)
         return nn.functional.dropout(y, view.dropout) if view.dropout else y
 
     def _with_branches(

@@ -13,8 +13,12 @@ from collections.abc import Callable
 import torch
 from torch.autograd.function import once_differentiable
 
+from ..kernels.choice import Choice, choose
+from ..kernels.tiles import tile_for
+from .activations import activation_kind
 from .linear import compute_dtype
-from .quant import FrozenWeight, read_columns, read_rows
+from .quant import FrozenWeight
+from .slices import column_slice, is_plain, row_slice
 
 __all__ = ["MlpWeights", "StandIn", "kept_mlp"]
 
@@ -79,15 +83,23 @@ class MlpWeights:
         """Matrices that lead into the MLP: M = 2, or 1 without a gate."""
         return 1 if self.gate is None else 2
 
-    def gather_in(self, index: torch.Tensor, stand_in: StandIn | None, dtype: torch.dtype) -> torch.Tensor:
-        """Kept rows of gate and up, and the stand-in's projection: ``[M K + r, H]``."""
-        parts = [read_rows(weight, index, dtype) for weight in (self.gate, self.up) if weight is not None]
-        return torch.cat(parts if stand_in is None else [*parts, stand_in.project.to(dtype)])
+    @property
+    def kind(self) -> str | None:
+        """Name of the activation where kernels know it."""
+        return activation_kind(self.activation)
 
-    def gather_out(self, index: torch.Tensor, stand_in: StandIn | None, dtype: torch.dtype) -> torch.Tensor:
+    def gather_in(
+        self, index: torch.Tensor, stand_in: StandIn | None, dtype: torch.dtype, way: Choice
+    ) -> torch.Tensor:
+        """Kept rows of gate and up, and the stand-in's projection: ``[M K + r, H]``."""
+        weights = [weight for weight in (self.gate, self.up) if weight is not None]
+        return row_slice(weights, index, dtype, way, None if stand_in is None else stand_in.project.to(dtype))
+
+    def gather_out(
+        self, index: torch.Tensor, stand_in: StandIn | None, dtype: torch.dtype, way: Choice
+    ) -> torch.Tensor:
         """Kept columns of down as rows, and the stand-in's output map: ``[K + r, H]``."""
-        kept = read_columns(self.down, index, dtype).t()
-        return kept if stand_in is None else torch.cat([kept, stand_in.output.to(dtype)])
+        return column_slice(self.down, index, dtype, way, None if stand_in is None else stand_in.output.to(dtype))
 
     def add_biases(self, wide: torch.Tensor, index: torch.Tensor) -> None:
         """Add the kept biases of gate and up to ``[T, M K + r]`` in place."""
@@ -106,9 +118,9 @@ class MlpWeights:
 
 class _KeptIn(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weights, index, stand_in):
-        ctx.kept = weights, index, stand_in
-        wide = x @ weights.gather_in(index, stand_in, x.dtype).t()  # [T, M K + r]
+    def forward(ctx, x, weights, index, stand_in, way):
+        ctx.kept = weights, index, stand_in, way
+        wide = x @ weights.gather_in(index, stand_in, x.dtype, way).t()  # [T, M K + r]
         weights.add_biases(wide, index)
         if stand_in is not None:
             wide[:, weights.inward * len(index) :] -= stand_in.shift.to(x.dtype)
@@ -117,47 +129,86 @@ class _KeptIn(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        weights, index, stand_in = ctx.kept
-        return grad @ weights.gather_in(index, stand_in, grad.dtype), None, None, None
+        weights, index, stand_in, way = ctx.kept
+        return grad @ weights.gather_in(index, stand_in, grad.dtype, way), None, None, None, None
 
 
 class _KeptActivation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, wide, weights, index, stand_in):
-        keep, inward = len(index), weights.inward * len(index)
-        ctx.kept = weights, index, stand_in
+    def forward(ctx, wide, weights, index, stand_in, way):
+        inward = weights.inward * len(index)
+        ctx.kept = weights, index, stand_in, way
         ctx.save_for_backward(wide[:, :inward].contiguous())
-        hidden = weights.channels(wide, keep)  # [T, K]
-        if stand_in is None:
-            return hidden
-        z = wide[:, inward:]
-        if stand_in.channels is not None:
-            hidden -= stand_in.mean.index_select(0, index).to(wide.dtype)
-            hidden -= z @ stand_in.channels.index_select(1, index).to(wide.dtype)
-        return torch.cat([hidden, z], 1)  # [T, K + r]
+        given_up = None
+        if stand_in is not None and stand_in.channels is not None:
+            mean, channels = (stand_in.mean.index_select(0, index), stand_in.channels.index_select(1, index))
+            given_up = torch.addmm(mean.to(wide.dtype), wide[:, inward:], channels.to(wide.dtype))
+        if way and weights.kind:
+            from ..kernels.mlp import mlp_activation_fwd
+
+            tile = tile_for("activation", wide)
+            return mlp_activation_fwd(wide, len(index), weights.inward == 2, weights.kind, tile, given_up)
+        hidden = weights.channels(wide, len(index))  # [T, K]
+        if given_up is not None:
+            hidden -= given_up
+        return hidden if stand_in is None else torch.cat([hidden, wide[:, inward:]], 1)  # [T, K + r]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        weights, index, stand_in = ctx.kept
+        weights, index, stand_in, way = ctx.kept
         (wide,) = ctx.saved_tensors
-        keep = len(index)
-        grad_channels, grad_z = grad[:, :keep], grad[:, keep:]
+        keep, lost = len(index), None
+        if stand_in is not None and stand_in.channels is not None:
+            lost = grad[:, :keep] @ stand_in.channels.index_select(1, index).to(grad.dtype).t()
+        if way and weights.kind:
+            return _activation_bwd(grad, wide, weights, keep, lost), None, None, None, None
         with torch.enable_grad():
             leaf = wide.detach().requires_grad_()
-            (grad_wide,) = torch.autograd.grad(weights.channels(leaf, keep), leaf, grad_channels)
+            (grad_wide,) = torch.autograd.grad(weights.channels(leaf, keep), leaf, grad[:, :keep])
         if stand_in is not None:
-            if stand_in.channels is not None:
-                grad_z = grad_z - grad_channels @ stand_in.channels.index_select(1, index).to(grad.dtype).t()
+            grad_z = grad[:, keep:] if lost is None else grad[:, keep:] - lost
             grad_wide = torch.cat([grad_wide, grad_z], 1)
-        return grad_wide, None, None, None
+        return grad_wide, None, None, None, None
+
+
+def _activation_bwd(
+    grad: torch.Tensor, wide: torch.Tensor, weights: MlpWeights, keep: int, lost: torch.Tensor | None = None
+) -> torch.Tensor:
+    from ..kernels.mlp import mlp_activation_bwd
+
+    tile = tile_for("activation", wide)
+    return mlp_activation_bwd(grad.contiguous(), wide, keep, weights.inward == 2, weights.kind, tile, lost)
+
+
+class _FusedIn(torch.autograd.Function):
+    """`_KeptIn` and `_KeptActivation` in one launch, without a stand-in."""
+
+    @staticmethod
+    def forward(ctx, x, weights, index, way):
+        from ..kernels.mlp import mlp_in_fwd
+
+        ctx.kept = weights, index, way
+        x = x if x.stride(1) == 1 else x.contiguous()
+        tile, biases = tile_for("mlp_in", x, way.tile), (weights.gate_bias, weights.up_bias)
+        wide, hidden = mlp_in_fwd(x, weights.gate, weights.up, index, weights.kind, tile, *biases)
+        ctx.save_for_backward(wide)
+        return hidden
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        weights, index, way = ctx.kept
+        (wide,) = ctx.saved_tensors
+        grad_wide = _activation_bwd(grad, wide, weights, len(index))
+        return grad_wide @ weights.gather_in(index, None, grad.dtype, way), None, None, None
 
 
 class _KeptOut(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weights, index, stand_in):
-        ctx.kept = weights, index, stand_in
-        y = hidden @ weights.gather_out(index, stand_in, hidden.dtype)
+    def forward(ctx, hidden, weights, index, stand_in, way):
+        ctx.kept = weights, index, stand_in, way
+        y = hidden @ weights.gather_out(index, stand_in, hidden.dtype, way)
         for constant in (weights.down_bias, None if stand_in is None else stand_in.constant):
             if constant is not None:
                 y += constant.to(y.dtype)
@@ -166,12 +217,24 @@ class _KeptOut(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        weights, index, stand_in = ctx.kept
-        return grad @ weights.gather_out(index, stand_in, grad.dtype).t(), None, None, None
+        weights, index, stand_in, way = ctx.kept
+        return grad @ weights.gather_out(index, stand_in, grad.dtype, way).t(), None, None, None, None
+
+
+def _can_fuse(x: torch.Tensor, weights: MlpWeights, stand_in: StandIn | None) -> bool:
+    """Whether one kernel makes products and activation: plain weights in the type of ``x``, a known activation."""
+    inputs = [weight for weight in (weights.gate, weights.up) if weight is not None]
+    plain = all(is_plain(weight, x.dtype) and weight.stride() == inputs[0].stride() for weight in inputs)
+    biases = weights.gate is None or (weights.gate_bias is None) == (weights.up_bias is None)
+    return plain and biases and stand_in is None and weights.kind is not None
 
 
 def kept_mlp(
-    x: torch.Tensor, weights: MlpWeights, index: torch.Tensor, stand_in: StandIn | None = None
+    x: torch.Tensor,
+    weights: MlpWeights,
+    index: torch.Tensor,
+    stand_in: StandIn | None = None,
+    kernels: str = "auto",
 ) -> torch.Tensor:
     """MLP of frozen weights on kept channels.
 
@@ -180,10 +243,16 @@ def kept_mlp(
         weights: the MLP's.
         index: int64 ``[K]``, distinct; empty only with a stand-in.
         stand_in: what takes the place of the dropped channels, or None.
+        kernels: as in `SparseLoraConfig`.
 
     Returns:
         ``[T, H]``. Differentiable in ``x``.
     """
-    wide = _KeptIn.apply(x.to(compute_dtype(x, weights.up)), weights, index, stand_in)
-    hidden = _KeptActivation.apply(wide, weights, index, stand_in)
-    return _KeptOut.apply(hidden, weights, index, stand_in)
+    x = x.to(compute_dtype(x, weights.up))
+    way = choose("mlp", x, x.shape[1], len(index), kernels)
+    if way.way == "triton" and _can_fuse(x, weights, stand_in):
+        hidden = _FusedIn.apply(x, weights, index, way)
+    else:
+        wide = _KeptIn.apply(x, weights, index, stand_in, way)
+        hidden = _KeptActivation.apply(wide, weights, index, stand_in, way)
+    return _KeptOut.apply(hidden, weights, index, stand_in, way)

@@ -121,7 +121,7 @@ class Weight4bit(QuantisedWeight):
             return self.whole(dtype).index_select(0, index)
         packed = self.packed.view(self.shape[0], -1).index_select(0, index)
         blocks = torch.arange(self.shape[1] // self.state.blocksize, device=index.device)
-        scales = self._scales(index[:, None] * len(blocks) + blocks)
+        scales = self.scales(index[:, None] * len(blocks) + blocks)
         return self._dequantise(packed, scales, (len(index), self.shape[1]), dtype)
 
     def columns(self, index: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -130,14 +130,14 @@ class Weight4bit(QuantisedWeight):
             return self.whole(dtype).index_select(1, index)
         packed = self.packed.view(self.shape[0], -1).index_select(1, index // 2)
         values = packed >> (4 * (1 - index % 2)).to(torch.uint8) & 15  # the even column is the high half of a byte
-        scales = self._scales().view(self.shape[0], -1).index_select(1, index // self.state.blocksize)
+        scales = self.scales().view(self.shape[0], -1).index_select(1, index // self.state.blocksize)
         return (self.state.code.index_select(0, values.view(-1).int()).view(values.shape) * scales).to(dtype)
 
     def whole(self, dtype: torch.dtype) -> torch.Tensor:
         """All of it."""
-        return self._dequantise(self.packed, self._scales(), self.shape, dtype)
+        return self._dequantise(self.packed, self.scales(), self.shape, dtype)
 
-    def _scales(self, blocks: torch.Tensor | None = None) -> torch.Tensor:
+    def scales(self, blocks: torch.Tensor | None = None) -> torch.Tensor:
         """Scales of the blocks by number, of all without it, in float32."""
         state = self.state
         scales = state.absmax if blocks is None else state.absmax[blocks]

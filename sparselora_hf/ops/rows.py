@@ -8,10 +8,11 @@ an index saved behind the last product would make it run that product again for 
 import torch
 from torch.autograd.function import once_differentiable
 
-__all__ = ["fork_rows", "join_rows", "overlay_rows", "scatter_channels", "select_channels", "split_rows"]
+__all__ = ["blank", "fork_rows", "join_rows", "overlay_rows", "scatter_channels", "select_channels", "split_rows"]
 
 
-def _blank(like: torch.Tensor, shape: tuple[int, ...], filled: int) -> torch.Tensor:
+def blank(like: torch.Tensor, shape: tuple[int, ...], filled: int) -> torch.Tensor:
+    """A matrix of zeros, or of anything where as many rows are about to be ``filled`` as it has."""
     # zeroing is a pass over memory: skipped where every row is about to be written
     return like.new_empty(shape) if filled == shape[0] else like.new_zeros(shape)
 
@@ -28,7 +29,7 @@ class _SplitRows(torch.autograd.Function):
     def backward(ctx, grad_first, grad_second):
         first, second = ctx.index
         filled = len(first) + len(second)
-        grad = _blank(grad_first, (ctx.rows, grad_first.shape[1]), filled)
+        grad = blank(grad_first, (ctx.rows, grad_first.shape[1]), filled)
         grad.index_copy_(0, first, grad_first)
         grad.index_copy_(0, second, grad_second)
         return grad, None, None
@@ -38,7 +39,7 @@ class _JoinRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, first, second, first_rows, second_rows, rows):
         ctx.index = first_rows, second_rows
-        joined = _blank(first, (rows, first.shape[1]), len(first_rows) + len(second_rows))
+        joined = blank(first, (rows, first.shape[1]), len(first_rows) + len(second_rows))
         joined.index_copy_(0, first_rows, first)
         joined.index_copy_(0, second_rows, second)
         return joined
@@ -52,28 +53,30 @@ class _JoinRows(torch.autograd.Function):
 
 class _ForkRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, rows):
-        ctx.rows = rows
+    def forward(ctx, x, rows, apart):
+        ctx.rows, ctx.apart = rows, apart
         return x.view_as(x), x.index_select(0, rows)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, grad_rows):
         # in place: the gradient of the whole comes fresh out of a product, nobody else holds it
-        return grad.index_add_(0, ctx.rows, grad_rows.to(grad.dtype)), None
+        put = grad.index_copy_ if ctx.apart else grad.index_add_
+        return put(0, ctx.rows, grad_rows.to(grad.dtype)), None, None
 
 
 class _OverlayRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, base, patch, rows):
-        ctx.rows = rows
+    def forward(ctx, base, patch, rows, apart):
+        ctx.rows, ctx.apart = rows, apart
         ctx.mark_dirty(base)
         return base.index_copy_(0, rows, patch)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        return grad.index_fill(0, ctx.rows, 0), grad.index_select(0, ctx.rows), None
+        base = grad if ctx.apart else grad.index_fill(0, ctx.rows, 0)
+        return base, grad.index_select(0, ctx.rows), None, None
 
 
 class _SelectChannels(torch.autograd.Function):
@@ -122,21 +125,24 @@ def join_rows(
     return _JoinRows.apply(first, second.to(first.dtype), first_rows, second_rows, rows)
 
 
-def fork_rows(x: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def fork_rows(x: torch.Tensor, rows: torch.Tensor, *, apart: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """``x`` ``[T, C]`` itself and a copy of some of its rows ``[A, C]``, to be joined again by `overlay_rows`.
 
-    The first result must meet a product before anything else: its gradient is written to in backward.
+    The first result must meet a product before anything else: its gradient is written to in backward. With `apart`
+    what is made of it neither reads those rows nor gives them a gradient, and says nothing of the gradient's value
+    there either: it is replaced.
     """
-    return _ForkRows.apply(x, rows)
+    return _ForkRows.apply(x, rows, apart)
 
 
-def overlay_rows(base: torch.Tensor, patch: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+def overlay_rows(base: torch.Tensor, patch: torch.Tensor, rows: torch.Tensor, *, apart: bool = False) -> torch.Tensor:
     """``base`` ``[T, C]`` with ``rows`` replaced by ``patch`` ``[A, C]``, in place.
 
     Where few rows are dense this is cheaper than `split_rows` and `join_rows`: the sparse product, at one channel
-    in a hundred, runs over every row, and neither its input nor its output is copied.
+    in a hundred, runs over every row, and neither its input nor its output is copied. With `apart` the rows of
+    ``base`` depend on nothing, and their gradient is handed on without being zeroed: one copy of it less.
     """
-    return _OverlayRows.apply(base, patch.to(base.dtype), rows)
+    return _OverlayRows.apply(base, patch.to(base.dtype), rows, apart)
 
 
 def select_channels(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,73 @@
+"""Norms over tokens of what a low-rank estimator predicts, per channel. No gradient flows through them."""
+
+import torch
+
+from ..kernels.choice import choose
+from ..kernels.tiles import tile_for
+
+__all__ = ["channel_norms", "gated_norms"]
+
+
+def channel_norms(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, kernels: str = "auto") -> torch.Tensor:
+    """L2 norm over tokens of every channel of ``x · downᵀ · upᵀ``, through the r × r Gram matrix alone.
+
+    ``‖(Z Bᵀ)_c‖² = b_c · ZᵀZ · b_c``: exact, and no token × channel matrix is formed.
+
+    Args:
+        x: ``[T, H]``.
+        down: ``[r, H]``.
+        up: ``[N, r]``.
+        kernels: as in `SparseLoraConfig`.
+
+    Returns:
+        ``[N]``, in float32 or better.
+    """
+    way = choose("estimator", x, x.shape[1], len(down), kernels)
+    if way and _fits(len(down)):
+        from ..kernels.estimator import channel_norms as fused
+
+        return fused(_rows_contiguous(x), down, up, tile_for("project", down, way.tile), tile_for("norms", down))
+    z = (x.to(down.dtype) @ down.t()).float()
+    up = up.float()
+    return ((up @ (z.t() @ z)) * up).sum(1).clamp(min=0).sqrt()
+
+
+def gated_norms(
+    x: torch.Tensor,
+    gate: tuple[torch.Tensor, torch.Tensor],
+    up: tuple[torch.Tensor, torch.Tensor],
+    biases: tuple[torch.Tensor | None, torch.Tensor | None],
+    kind: str | None,
+    kernels: str = "auto",
+) -> torch.Tensor | None:
+    """Norm over tokens of ``act(gate) ⊙ up`` of two low-rank products, by a kernel.
+
+    Args:
+        x: ``[T, H]``.
+        gate: factors ``[r, H]`` and ``[N, r]``.
+        up: likewise.
+        biases: of gate and up.
+        kind: name of the activation, or None.
+        kernels: as in `SparseLoraConfig`.
+
+    Returns:
+        float32 ``[N]``, or None where no kernel does it and the activations are to be formed.
+    """
+    way = choose("estimator", x, x.shape[1], 2 * len(gate[0]), kernels)
+    one_bias = (biases[0] is None) != (biases[1] is None)
+    if not way or kind is None or one_bias or not _fits(2 * len(gate[0])):
+        return None
+    from ..kernels.estimator import gated_norms as fused
+
+    tiles = tile_for("project", gate[0], way.tile), tile_for("norms", gate[0])
+    return fused(_rows_contiguous(x), torch.cat([gate[0], up[0]]), gate[1], up[1], kind, *tiles, *biases)
+
+
+def _fits(rank: int) -> bool:
+    from ..kernels.estimator import MAX_RANK
+
+    return rank <= MAX_RANK
+
+
+def _rows_contiguous(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()

@@ -1,0 +1,134 @@
+"""The operations that use the kernels, against the same operations in PyTorch: outputs and gradients."""
+
+import pytest
+import torch
+from cases import DEVICE, DTYPES, Draw, assert_near
+from helpers import SPARSE, assert_same, lora_model, make_batch, sparse_result
+from torch.nn import functional as F
+
+from sparselora_hf import sparsify
+from sparselora_hf.kernels import choice
+from sparselora_hf.kernels.choice import Choice
+from sparselora_hf.ops import mlp as mlp_ops
+from sparselora_hf.ops.context import context_linear
+from sparselora_hf.ops.mlp import MlpWeights, StandIn, kept_mlp
+from sparselora_hf.ops.rows import fork_rows, overlay_rows
+
+ROWS = {"mixed": (23, 9), "all context": (40, 0), "all output": (0, 40), "padding": (20, 5), "nothing": (0, 0)}
+
+
+def both(op, x, mode=("triton", "torch")):
+    """Output and gradient of an operation with and without kernels."""
+    results = []
+    for kernels in mode:
+        leaf = x.detach().clone().requires_grad_()
+        y = op(leaf, kernels)
+        grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.device, y.dtype)
+        y.backward(grad)
+        results.append((y.detach(), leaf.grad))
+    return results
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("over_outputs", [True, False], ids=["outputs", "inputs"])
+@pytest.mark.parametrize("counts", ROWS.values(), ids=ROWS.keys())
+def test_context_linear(counts, over_outputs, biased, dtype):
+    draw = Draw(dtype)
+    x, weight, bias = draw(40, 45), draw(70, 45), draw(70) if biased else None
+    index, order = draw.subset(70 if over_outputs else 45, 13), torch.randperm(40, generator=draw.generator)
+    context, output = (part.sort().values.to(DEVICE) for part in order.split([counts[0], 40 - counts[0]]))
+    output = output[: counts[1]]
+
+    def op(x, kernels):
+        whole, few = fork_rows(x, output, apart=True)
+        options = {"over_outputs": over_outputs, "covered": sum(counts), "kernels": kernels}
+        y = context_linear(whole, context, weight, index, bias, **options)
+        return overlay_rows(y, F.linear(few, weight, bias), output, apart=True)
+
+    (y, grad), (y_want, grad_want) = both(op, x)
+    assert_near(y, y_want, dtype)
+    assert_near(grad, grad_want, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("way", ["triton", "slices"])
+@pytest.mark.parametrize("kind", ["none", "channels", "fixed", "rank 0"])
+@pytest.mark.parametrize("form", ["gated", "plain", "bias"])
+def test_kept_mlp(form, kind, way, dtype, monkeypatch):
+    draw = Draw(dtype)
+    hidden, width, keep, rank = 24, 70, 13, 0 if kind == "rank 0" else 5
+    x, gate, up, down = (
+        draw(*s, scale=0.3) for s in ((37, hidden), (width, hidden), (width, hidden), (hidden, width))
+    )
+    biases = (draw(width), draw(width), draw(hidden)) if form == "bias" else (None, None, None)
+    weights = MlpWeights(None if form == "plain" else gate, up, down, F.silu, *biases)
+    factors = draw(rank, hidden), draw(rank), draw(rank, hidden), draw(hidden)
+    channels = (draw(width), draw(rank, width)) if kind in ("channels", "rank 0") else (None, None)
+    stand_in = None if kind == "none" else StandIn(*factors, *channels)
+    index = draw.subset(width, keep)
+    monkeypatch.setattr(choice, "_FORCED", {**choice._FORCED, "mlp": way})
+    choice._choose.cache_clear()
+    (y, grad), (y_want, grad_want) = both(lambda x, kernels: kept_mlp(x, weights, index, stand_in, kernels), x)
+    choice._choose.cache_clear()
+    assert_near(y, y_want, dtype)
+    assert_near(grad, grad_want, dtype)
+
+
+def test_unknown_activations_go_through_pytorch():
+    draw = Draw()
+    weights = MlpWeights(draw(20, 8), draw(20, 8), draw(8, 20), torch.tanh)
+    index = draw.subset(20, 6)
+    (y, grad), (y_want, grad_want) = both(lambda x, kernels: kept_mlp(x, weights, index, None, kernels), draw(9, 8))
+    assert_near(y, y_want, torch.float32)
+    assert_near(grad, grad_want, torch.float32)
+
+
+def test_fused_and_stored_activations_are_used(monkeypatch):
+    """The kernels do run: neither comparison above compares PyTorch with itself."""
+    draw = Draw()
+    weights, index = MlpWeights(draw(20, 8), draw(20, 8), draw(8, 20), F.silu), draw.subset(20, 6)
+    monkeypatch.setattr(mlp_ops._KeptActivation, "apply", None)
+    kept_mlp(draw(9, 8), weights, index, kernels="triton")
+    with pytest.raises(TypeError):
+        kept_mlp(draw(9, 8), weights, index, kernels="torch")
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+@pytest.mark.parametrize("compensation", ["none", "low_rank"])
+def test_a_sparse_step(family, compensation):
+    """A whole model, forward and backward: kernels and PyTorch choose the same channels and agree."""
+    model = lora_model(family, layers=2).to(DEVICE)
+    batch = {name: tensor.to(DEVICE) for name, tensor in make_batch().items()}
+    config = SPARSE if compensation == "none" else SPARSE.replace(criterion="static", compensation="low_rank")
+    results = []
+    for kernels in ("torch", "triton"):
+        with sparsify(model, config.replace(kernels=kernels)) as handle:
+            if compensation != "none":
+                model(**batch).loss.backward()  # a dense step to learn from
+                model.zero_grad(set_to_none=True)
+            handle.set_enabled(True)
+            loss = model(**batch).loss
+            loss.backward()
+            results.append(
+                (loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad})
+            )
+            model.zero_grad(set_to_none=True)
+    assert_same(results[1], results[0], 1e-4)
+
+
+def test_float64_goes_through_pytorch():
+    model = lora_model(layers=2).double()
+    batch = make_batch()
+    assert_same(
+        sparse_result(model, batch, SPARSE.replace(kernels="triton")),
+        sparse_result(model, batch, SPARSE.replace(kernels="torch")),
+        1e-12,
+    )
+
+
+def test_choice_of_the_interpreter():
+    x = torch.zeros(3, 4, device=DEVICE)
+    assert choice.choose("rows", x, 4, 2, "torch") == Choice("torch")
+    assert choice.choose("rows", x, 4, 2, "triton") == Choice("triton")
+    assert choice.choose("rows", x.double(), 4, 2, "triton") == Choice("torch")

@@ -1,0 +1,94 @@
+import pytest
+import torch
+from torch.autograd import gradcheck
+from torch.nn import functional as F
+
+from sparselora_hf.ops.context import context_linear
+from sparselora_hf.ops.rows import fork_rows, overlay_rows
+
+SETTINGS = {
+    "some rows": ([1, 4, 5], [0, 2]),
+    "all rows": ([0, 2, 4], [1, 3, 5]),
+    "all context": ([0, 1, 2, 3, 4, 5], []),
+    "all output": ([], [0, 1, 2, 3, 4, 5]),
+    "no row": ([], []),
+}
+TOKENS, INPUTS, OUTPUTS, KEEP = 6, 5, 7, 3
+
+
+@pytest.fixture(params=SETTINGS.values(), ids=SETTINGS.keys())
+def rows(request):
+    """Context rows and output rows; what is in neither is padding."""
+    return tuple(torch.tensor(part, dtype=torch.long) for part in request.param)
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def case(over_outputs, biased):
+    width = OUTPUTS if over_outputs else INPUTS
+    index = torch.randperm(width, generator=torch.Generator().manual_seed(3))[:KEEP].sort().values
+    mask = torch.zeros(width, dtype=torch.float64).index_fill_(0, index, 1)
+    return draw(OUTPUTS, INPUTS, seed=1), index, mask, draw(OUTPUTS, seed=2) if biased else None
+
+
+def definition(x, weight, mask, bias, over_outputs):
+    """Every channel computed and masked; a bias is never dropped."""
+    y = F.linear(x, weight) * mask if over_outputs else F.linear(x * mask, weight)
+    return y if bias is None else y + bias
+
+
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("over_outputs", [True, False], ids=["outputs", "inputs"])
+def test_alone(rows, over_outputs, biased, poison):
+    x = draw(TOKENS, INPUTS).requires_grad_()
+    weight, index, mask, bias = case(over_outputs, biased)
+    here = torch.zeros(TOKENS, 1, dtype=torch.float64).index_fill_(0, rows[0], 1)
+
+    def op(x):
+        return context_linear(x, rows[0], weight, index, bias, over_outputs=over_outputs)
+
+    torch.testing.assert_close(op(x), definition(x, weight, mask, bias, over_outputs) * here)
+    assert gradcheck(op, x)
+
+
+@pytest.mark.parametrize("over_outputs", [True, False], ids=["outputs", "inputs"])
+def test_joined_with_dense_rows(rows, over_outputs, poison):
+    """As a sparse linear uses it: nothing that was never written comes through, in either direction."""
+    weight, index, mask, bias = case(over_outputs, True)
+    covered = len(rows[0]) + len(rows[1])
+
+    def joined(x):
+        whole, few = fork_rows(x, rows[1], apart=True)
+        y = context_linear(whole, rows[0], weight, index, bias, over_outputs=over_outputs, covered=covered)
+        return overlay_rows(y, F.linear(few, weight, bias), rows[1], apart=True)
+
+    def want(x):
+        masks = [torch.zeros(TOKENS, 1, dtype=torch.float64).index_fill_(0, part, 1) for part in rows]
+        return definition(x, weight, mask, bias, over_outputs) * masks[0] + F.linear(x, weight, bias) * masks[1]
+
+    x = draw(TOKENS, INPUTS).requires_grad_()
+    torch.testing.assert_close(joined(x), want(x))
+    grad = draw(TOKENS, OUTPUTS, seed=9)
+    torch.testing.assert_close(torch.autograd.grad(joined(x), x, grad)[0], torch.autograd.grad(want(x), x, grad)[0])
+    assert gradcheck(joined, x)
+
+
+def test_nothing_but_the_frozen_parts_is_kept():
+    weight, index, _, _ = case(True, False)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        context_linear(draw(6, INPUTS).requires_grad_(), torch.arange(3), weight, index, over_outputs=True)
+    assert not saved
+
+
+def test_types_follow_linear():
+    weight, index, _, bias = case(True, True)
+    x, rows = draw(TOKENS, INPUTS).float().requires_grad_(), torch.arange(4)
+    assert context_linear(x, rows, weight.bfloat16(), index, over_outputs=True).dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        y = context_linear(x, rows, weight.float(), index, bias.float(), over_outputs=True)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert x.grad.dtype == torch.float32
