@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-__all__ = ["FAMILIES", "ModelFamily", "find_family"]
+__all__ = ["FAMILIES", "ModelFamily", "families_table", "find_family"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class ModelFamily:
         gate: empty for a plain MLP, ``down(activation(up(x)))``.
         gate_up: projection that computes gate and up at once, gate first; `gate` and `up` are not looked up then.
         dropout: attribute of the MLP that gives the dropout of its output; empty where it has none.
-        experts: child of a layer's MLP module that marks a mixture of experts. Experts stay dense.
+        experts: child of the MLP module of those layers that are mixtures of experts, which stay dense.
         shared_mlp: MLP inside a mixture of experts that every token passes through.
     """
 
@@ -53,7 +53,7 @@ class ModelFamily:
     gate_up: str = ""
     activation: str = "act_fn"
     dropout: str = ""
-    experts: str = "experts"
+    experts: str = ""
     shared_mlp: str = ""
 
     @property
@@ -74,7 +74,7 @@ _ROWS = (
     ModelFamily("exaone4", "EXAONE 4", qk_norm=True),
     ModelFamily("gemma", "Gemma 1"),
     ModelFamily("gemma2", "Gemma 2"),
-    ModelFamily("gemma3_text", "Gemma 3, language tower of its vision models", qk_norm=True),
+    ModelFamily("gemma3_text", "Gemma 3, with images too", qk_norm=True),
     ModelFamily("glm", "GLM-4-9B", **_PHI3_MLP),
     ModelFamily("glm4", "GLM-4-0414", **_PHI3_MLP),
     ModelFamily(
@@ -91,13 +91,13 @@ _ROWS = (
         down="dense_4h_to_h",
         activation="act",
     ),
-    ModelFamily("gpt_oss", "gpt-oss"),
+    ModelFamily("gpt_oss", "gpt-oss", experts="experts"),
     ModelFamily("granite", "Granite 3"),
-    ModelFamily("llama", "Llama 2, 3.x; language tower of SmolVLM"),
+    ModelFamily("llama", "Llama 2, 3.x; SmolLM 1, 2; SmolVLM"),
     ModelFamily("mistral", "Mistral"),
-    ModelFamily("mixtral", "Mixtral"),
+    ModelFamily("mixtral", "Mixtral", experts="experts"),
     ModelFamily("olmo2", "OLMo 2", qk_norm=True),
-    ModelFamily("olmoe", "OLMoE", qk_norm=True),
+    ModelFamily("olmoe", "OLMoE", qk_norm=True, experts="experts"),
     ModelFamily(
         "phi",
         "Phi-1, 1.5, 2",
@@ -111,10 +111,10 @@ _ROWS = (
     ),
     ModelFamily("phi3", "Phi-3, Phi-4", qkv="qkv_proj", **_PHI3_MLP),
     ModelFamily("qwen2", "Qwen2, Qwen2.5"),
-    ModelFamily("qwen2_5_vl_text", "language tower of Qwen2.5-VL"),
-    ModelFamily("qwen2_moe", "Qwen1.5-MoE, Qwen2-MoE", shared_mlp="shared_expert"),
+    ModelFamily("qwen2_5_vl_text", "Qwen2.5-VL"),
+    ModelFamily("qwen2_moe", "Qwen1.5-MoE, Qwen2-MoE", experts="experts", shared_mlp="shared_expert"),
     ModelFamily("qwen3", "Qwen3", qk_norm=True),
-    ModelFamily("qwen3_moe", "Qwen3-MoE", qk_norm=True),
+    ModelFamily("qwen3_moe", "Qwen3-MoE", qk_norm=True, experts="experts"),
     ModelFamily("smollm3", "SmolLM3"),
     ModelFamily(
         "starcoder2",
@@ -146,3 +146,22 @@ def find_family(model_type: str) -> ModelFamily:
         f"Model family {model_type!r} is not known. Known: {', '.join(sorted(FAMILIES))}. "
         f"If its layers have q/k/v/o projections and an MLP, describe it:\n{_EXAMPLE.format(name=model_type)}"
     )
+
+
+def families_table() -> tuple[list[str], list[list[str]]]:
+    """Header and rows of a table for people: each family, its structure, and what of it can be sparse."""
+    header = ["family", "`model_type`", "MLP", "q, k, v", "sparse"]
+    return header, [_describe(family) for family in sorted(_ROWS, key=lambda family: family.title.lower())]
+
+
+def _describe(family: ModelFamily) -> list[str]:
+    mlp = "fused gate and up" if family.gate_up else "gated" if family.gate else "plain"
+    inputs = "one linear, by head" if family.qkv_by_head else "one linear" if family.qkv else "three linears"
+    sparse = "MLP"
+    if family.experts:
+        mlp = "experts" + (" and a shared MLP" if family.shared_mlp else "")
+        sparse = ("shared MLP, " if family.shared_mlp else "") + "MLP of layers without experts"
+    condition = f" where `{family.qk_norm}`" if isinstance(family.qk_norm, str) else ""
+    attention = "q, k, v, o" if not family.qk_norm or condition else "v, o"
+    note = f" (v, o{condition})" if condition else ""
+    return [family.title, f"`{family.name}`", mlp, inputs, f"{sparse}; {attention}{note}"]

@@ -61,7 +61,11 @@ def tiny_model(family: str = "llama", heads=(8, 4), layers: int = 3, dtype=torch
     if "head_dim" not in config_class.__annotations__:
         del settings["head_dim"]
     torch.manual_seed(seed)
-    model = model_class(config_class(**(settings | extra | options))).to(dtype)
+    return randomise(model_class(config_class(**(settings | extra | options))).to(dtype))
+
+
+def randomise(model: nn.Module) -> nn.Module:
+    """Weights that matter: matrices larger than at the start of a pretraining, biases and norms apart from 0 and 1."""
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2:
             nn.init.normal_(parameter, std=0.15)

@@ -11,6 +11,8 @@ import re
 import sys
 from pathlib import Path
 
+from sparselora_hf.families import families_table
+
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[2] / "README.md"
 QUICKSTART_PAIRS = {"exact_match": ".1f", "loss": ".4f"}
@@ -84,7 +86,11 @@ def quickstart_table() -> str:
     return markdown(header, body) + f"\n\nSFTTrainer / SparseLoraTrainer; {reports[0]['device']}; {versions}."
 
 
-TABLES = {"step": step_table, "grid": grid_table, "quickstart": quickstart_table}
+def family_rows() -> str:
+    return markdown(*families_table())
+
+
+TABLES = {"step": step_table, "grid": grid_table, "quickstart": quickstart_table, "families": family_rows}
 
 
 def fill(text: str) -> str:

@@ -1,0 +1,212 @@
+"""Every family and every kind of LoRA: sparsity 0 is dense, sparse is the masked dense model, adapters are PEFT's."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from helpers import (
+    SPARSE,
+    assert_same,
+    differs,
+    gradients,
+    loss_and_gradients,
+    make_batch,
+    relative_error,
+)
+from hooked import HookedDense
+from peft import PeftModel, get_peft_model_state_dict
+from reference import next_token_loss
+from safetensors.torch import load_file
+from torch import nn
+from zoo import CONFIGS, zoo_lora, zoo_model
+
+from sparselora_hf import SparseLoraConfig, TokenPlan, sparsify
+from sparselora_hf.families import find_family
+
+SPARSE = SPARSE.replace(mlp_sparsity={"0": 0.9, "1": 0.5}, attention_sparsity=0.75, criterion="oracle")
+EXPERTS = ("gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
+TOL = 1e-5  # the norms and softmax of transformers compute in float32, whatever the model's type
+
+every_model = pytest.mark.parametrize("name", CONFIGS)
+
+
+def run(model, batch):
+    """Logits, loss in the type of the logits, and gradients."""
+    model.zero_grad(set_to_none=True)
+    logits = model(**batch).logits
+    loss = next_token_loss(logits, batch["labels"])
+    loss.backward()
+    return logits.detach(), (loss.detach(), gradients(model))
+
+
+def context_of(batch):
+    labelled = batch["labels"] != -100
+    predicts = torch.zeros_like(labelled)
+    predicts[:, :-1] = labelled[:, 1:]
+    return batch["attention_mask"].bool() & ~labelled & ~predicts
+
+
+def compare(model, batch, config=SPARSE, family=None):
+    """The sparse model against its own dense code under masks; returns the handle's decisions."""
+    model, masked = model.double(), copy.deepcopy(model.double())
+    text_config = model.get_base_model().config.get_text_config()
+    family = family or find_family(text_config.model_type)
+    dense = run(model, batch)[1]
+    with sparsify(model, config, family=family, progress=False) as handle:
+        handle.set_enabled(True)
+        keep = {d.name: d.keep for d in handle.decisions if d.outcome == "sparse"}
+        logits, got = run(model, batch)
+        sets = {key: s.narrow.tolist() for key, s in handle.state.batch.selections.items() if key[1] != "qkv"}
+    values_alone = family.normalises_queries(text_config)
+    reference = HookedDense(masked, family, keep, context_of(batch), values_alone)
+    want_logits, want = run(masked, batch)
+    by_layer = {(_number(name), kind): kept for (name, kind), kept in reference.sets.items()}
+    assert sets == {key: kept for key, kept in by_layer.items() if not (values_alone and key[1] == "qk")}
+    real = batch["attention_mask"].bool()
+    assert relative_error(logits[real], want_logits[real]) < TOL
+    assert_same(got, want, TOL)
+    assert differs(want, dense)
+    return handle.decisions
+
+
+def _number(name):
+    return int(next(part for part in name.split(".") if part.isdigit()))
+
+
+@every_model
+def test_sparse_is_the_masked_dense_model(name):
+    """Adapters on every linear; attention and MLP sparse; padding left out."""
+    decisions = compare(zoo_lora(name, "all"), make_batch(), SPARSE.replace(exact=("padding", "frozen_below")))
+    dense = [d for d in decisions if d.outcome == "dense"]
+    assert all(d.name.endswith("mlp.experts") and d.reason == "experts stay dense" for d in dense), dense
+    assert bool(dense) == (name.split(" ")[0] in EXPERTS)
+
+
+def exactly(model, batch, config):
+    """Loss and gradients with every exact saving, the head fed with loss positions alone, as the trainer does it."""
+    model.zero_grad(set_to_none=True)
+    with sparsify(model, config, progress=False) as handle:
+        plan = TokenPlan.from_batch(batch["labels"], batch["attention_mask"])
+        handle.set_enabled(True)
+        handle.state.begin(plan, batch["labels"].device, loss_only=True)
+        handle.state.pinned = handle.state.compact = True
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        logits = model(**inputs).logits
+        assert logits.shape[:2] == (1, len(plan.loss))
+        loss = nn.functional.cross_entropy(logits[0], plan.head_targets)
+        loss.backward()
+    return loss.detach(), gradients(model)
+
+
+@every_model
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_exact_savings_change_nothing(name, side):
+    """Last layer, logits, padding and frozen layers, at sparsity 0."""
+    model, batch = zoo_lora(name, "all"), make_batch((12, 5), (3, 2), side=side)
+    want = run(model, batch)[1]
+    assert_same(exactly(model, batch, SPARSE.replace(mlp_sparsity=0.0, attention_sparsity=0.0)), want, 1e-4)
+
+
+@every_model
+def test_adapter_is_plain_pefts(name, tmp_path):
+    """Saved while sparse, it loads into a plain model without a key too many or too few, and merges."""
+    model, batch = zoo_lora(name, "all"), make_batch()
+    ids = batch["input_ids"][2:]
+    with sparsify(model, SPARSE, progress=False) as handle:
+        handle.set_enabled(True)
+        loss_and_gradients(model, batch)
+        want = logits_of(model, ids)
+        model.save_pretrained(tmp_path)
+        merged = copy.deepcopy(model).eval().merge_and_unload()
+        torch.testing.assert_close(logits_of(merged, ids), want, rtol=1e-4, atol=1e-4)
+    again = zoo_model(name)
+    plain = PeftModel.from_pretrained(again, tmp_path)
+    assert load_file(tmp_path / "adapter_model.safetensors").keys() == get_peft_model_state_dict(plain).keys()
+    torch.testing.assert_close(logits_of(plain, ids), want, rtol=1e-5, atol=1e-5)
+
+
+def logits_of(model, ids):
+    with torch.no_grad():
+        return model.eval()(input_ids=ids).logits
+
+
+# every kind of LoRA: what PEFT is told, and which parts cannot be sparse with it
+
+PLAIN = {
+    "LoRA": {},
+    "rsLoRA": {"use_rslora": True},
+    "PiSSA": {"init_lora_weights": "pissa"},
+    "OLoRA": {"init_lora_weights": "olora"},
+    "bias": {"lora_bias": True},
+    "dropout": {"dropout": 0.2},
+    "head saved": {"modules_to_save": ["lm_head"]},
+}
+KINDS = {
+    **{kind: (settings, ()) for kind, settings in PLAIN.items()},
+    "DoRA": ({"use_dora": True}, ("mlp",)),
+    "DoRA with dropout": ({"use_dora": True, "dropout": 0.2}, ("mlp", "attention")),
+}
+PARTS = ("attention", "mlp", "all")
+DTYPES = {"fp32": (torch.float32, 1e-4), "bf16": (torch.bfloat16, 0.1)}
+CHECKPOINTING = ("no", "non-reentrant", "reentrant")
+
+
+def matrix():
+    """Every family with every sparsity and type, every kind with every part, type and checkpointing."""
+    kinds, names = list(KINDS), list(CONFIGS)
+    for number, (name, turn) in enumerate(itertools.product(names, range(2))):
+        kind, part = kinds[number % len(kinds)], PARTS[number // 3 % 3]
+        part = "attention" if name.split(" ")[0] in EXPERTS else part  # PEFT's kinds are not for experts
+        dtype, checkpointing = list(DTYPES)[(number // 2 + turn) % 2], CHECKPOINTING[number % 3 - number // 9 % 3]
+        for sparsity in ("0", "some"):
+            yield pytest.param(name, kind, part, dtype, checkpointing, sparsity)
+
+
+@pytest.mark.parametrize(("name", "kind", "part", "dtype", "checkpointing", "sparsity"), matrix())
+def test_matrix(name, kind, part, dtype, checkpointing, sparsity):
+    (settings, dense_parts), (dtype, tol) = KINDS[kind], DTYPES[dtype]
+    model, batch = zoo_lora(name, part, dtype, **settings), make_batch()
+    # rows that are left out draw no dropout, so that those behind them draw another
+    config = SPARSE.replace(exact=("frozen_below",) if "dropout" in settings else ("padding", "frozen_below"))
+    if sparsity == "0":
+        want = result(model, batch)
+        checkpoint(model, checkpointing)
+        with sparsify(model, config.replace(mlp_sparsity=0.0, attention_sparsity=0.0), progress=False) as handle:
+            handle.set_enabled(True)
+            assert_same(result(model, batch), want, tol)
+        return
+    results = [result(model, batch)]
+    for way in ("no", checkpointing):
+        checkpoint(model, way)
+        with sparsify(model, config, progress=False) as handle:
+            handle.set_enabled(True)
+            results.append(result(model, batch))
+            reasons = {d.name: d.reason for d in handle.decisions if d.outcome == "dense" and "experts" not in d.name}
+            is_sparse = any(d.outcome == "sparse" for d in handle.decisions)
+    assert_same(results[2], results[1], tol / 10)
+    assert all(grad.isfinite().all() for grad in results[1][1].values())
+    wanted = part_names(model, [p for p in dense_parts if part in (p, "all")])
+    assert reasons.keys() == wanted and all("adapter on" in reason for reason in reasons.values())
+    assert differs(results[1], results[0]) == is_sparse
+
+
+def part_names(model, parts):
+    """Names of the attentions and MLPs, where they are among the parts."""
+    family = find_family(model.get_base_model().config.get_text_config().model_type)
+    with sparsify(model, SparseLoraConfig(), progress=False) as handle:
+        names = [d.name for d in handle.decisions if d.width]
+    is_attention = {name: name.endswith(family.attention) for name in names}
+    return {name for name in names if ("attention" if is_attention[name] else "mlp") in parts}
+
+
+def result(model, batch):
+    torch.manual_seed(0)
+    return loss_and_gradients(model, batch)
+
+
+def checkpoint(model, way):
+    if way == "no":
+        return model.gradient_checkpointing_disable()
+    model.gradient_checkpointing_enable({"use_reentrant": way == "reentrant"})
+    return model.enable_input_require_grads()

@@ -1,0 +1,151 @@
+"""Tiny random models of every family, a few thousand weights each."""
+
+import torch
+from helpers import VOCAB, add_lora, randomise
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+IMAGE_TOKEN = VOCAB - 1
+
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1}
+_SLIDING = ["sliding_attention", "full_attention"]
+
+# what a family's configuration says beside the common settings
+CONFIGS = {
+    "cohere": {"logit_scale": 0.25},
+    "cohere with qk norm": {"model_type": "cohere", "use_qk_norm": True},
+    "cohere2": {"sliding_window": 6, "layer_types": _SLIDING},
+    "exaone4": {"sliding_window": 6, "sliding_window_pattern": 2, "layer_types": _SLIDING},
+    "gemma": {},
+    "gemma2": {"sliding_window": 6, "query_pre_attn_scalar": 8, "layer_types": _SLIDING},
+    "gemma3_text": {"sliding_window": 6, "query_pre_attn_scalar": 8, "layer_types": _SLIDING},
+    "glm": {"attention_bias": True},
+    "glm4": {"attention_bias": True},
+    "gpt_neox": {"hidden_dropout": 0.0, "attention_dropout": 0.0},
+    "gpt_neox sequential": {"model_type": "gpt_neox", "use_parallel_residual": False},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6},
+    "granite": {"embedding_multiplier": 2.0, "logits_scaling": 3.0, "residual_multiplier": 0.5},
+    "llama": {"attention_bias": True, "mlp_bias": True},
+    "mistral": {"sliding_window": 6},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "olmo2": {},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "clip_qkv": 3.0},
+    "phi": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attention_dropout": 0.0},
+    "phi with qk norm": {"model_type": "phi", "qk_layernorm": True},
+    "phi3": {"resid_pdrop": 0.0, "embd_pdrop": 0.0},
+    "qwen2": {},
+    "qwen2_moe": {**_EXPERTS, "shared_expert_intermediate_size": 48},
+    "qwen3": {},
+    "qwen3_moe": _EXPERTS,
+    "qwen3_moe with a dense layer": {"model_type": "qwen3_moe", **_EXPERTS, "mlp_only_layers": [1]},
+    "smollm3": {"no_rope_layers": [1, 0]},
+    "starcoder2": {"residual_dropout": 0.0, "embedding_dropout": 0.0, "attention_dropout": 0.0},
+}
+
+
+def _settings(model_type: str, **options) -> dict:
+    return {
+        "vocab_size": VOCAB,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8 if model_type == "gpt_neox" else 4,
+        "head_dim": 8,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    } | options
+
+
+def zoo_config(name: str):
+    """Configuration of a tiny model."""
+    options = dict(CONFIGS[name])
+    model_type = options.pop("model_type", name)
+    return AutoConfig.for_model(model_type, **_settings(model_type, **options))
+
+
+def zoo_model(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A tiny model of a family, every weight large enough to matter."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(zoo_config(name), dtype=dtype, experts_implementation="eager")
+    return randomise(model)
+
+
+def lora_targets(model: nn.Module, part: str) -> list[str]:
+    """Names of the linears of ``attention``, ``mlp`` or ``all``, whatever the family calls them."""
+    from sparselora_hf.families import find_family
+
+    family = find_family(model.config.get_text_config().model_type)
+    attention = (family.qkv,) if family.qkv else (family.q, family.k, family.v)
+    mlp = (family.gate_up,) if family.gate_up else (family.gate, family.up)
+    names = {"attention": (*attention, family.o), "mlp": (*mlp, family.down)}
+    return [name for name in (sum(names.values(), ()) if part == "all" else names[part]) if name]
+
+
+def zoo_lora(name: str, part: str = "attention", dtype: torch.dtype = torch.float32, **lora) -> nn.Module:
+    """The same with adapters, in training mode."""
+    model = zoo_model(name, dtype)
+    return add_lora(model, lora_targets(model, part), **lora).train()
+
+
+def _vision(**options) -> dict:
+    return {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, **options}
+
+
+def _text(model_type: str, **options) -> dict:
+    return {"model_type": model_type, **_settings(model_type, **options)}
+
+
+# vision-language models: configuration, and the shape of an image's pixels
+VISION = {
+    "gemma3": (
+        {
+            "text_config": _text("gemma3_text", **CONFIGS["gemma3_text"]),
+            "vision_config": _vision(image_size=8, patch_size=2),
+            "mm_tokens_per_image": 4,
+            "image_token_index": IMAGE_TOKEN,
+            "image_token_id": IMAGE_TOKEN,
+        },
+        {"pixel_values": (1, 3, 8, 8)},
+    ),
+    "qwen2_5_vl": (
+        {
+            "text_config": _text(
+                "qwen2_5_vl_text", rope_parameters={"rope_type": "default", "mrope_section": [1, 1, 2]}
+            ),
+            "vision_config": {
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "depth": 1,
+                "num_heads": 4,
+                "out_hidden_size": 64,
+                "patch_size": 2,
+                "spatial_patch_size": 2,
+                "window_size": 8,
+                "fullatt_block_indexes": [0],
+            },
+            "image_token_id": IMAGE_TOKEN,
+            "vision_start_token_id": VOCAB - 2,
+            "video_token_id": VOCAB - 3,
+        },
+        {"pixel_values": (16, 3 * 2 * 2 * 2)},
+    ),
+    "smolvlm": (
+        {
+            "text_config": _text("llama"),
+            "vision_config": _vision(image_size=8, patch_size=2),
+            "scale_factor": 2,
+            "image_token_id": IMAGE_TOKEN,
+        },
+        {"pixel_values": (1, 1, 3, 8, 8)},
+    ),
+}
+
+
+def vision_model(name: str) -> nn.Module:
+    """A tiny vision-language model whose images become four tokens."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name, **VISION[name][0], pad_token_id=0)
+    return randomise(AutoModelForImageTextToText.from_config(config, dtype=torch.float32))
