@@ -90,9 +90,9 @@ def _compare(
                 outputs.append(module(x))
             except Exception as error:  # whatever it is, the part is not what its row says
                 return f"{role} fails on rows of hidden states ({type(error).__name__}: {error})"
+            if not isinstance(outputs[-1], torch.Tensor) or outputs[-1].shape[:-1] != x.shape[:-1]:
+                return f"{role} does not map rows of hidden states to rows"
     dense, sparse = outputs
-    if not isinstance(dense, torch.Tensor) or dense.shape[:-1] != x.shape[:-1]:
-        return f"{role} does not map rows of hidden states to rows"
     error = float((sparse.float() - dense.float()).norm() / dense.float().norm().clamp(min=1e-30))
     if error <= max(_LEAST, _QUANTISED if quantised else 0.0, 8 * torch.finfo(dense.dtype).eps):
         return ""

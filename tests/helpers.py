@@ -80,9 +80,7 @@ def add_lora(model: nn.Module, targets=ATTENTION, dropout: float = 0.0, seed: in
     """Wrap a model with PEFT; B is not zero, so that every adapter takes part and A has a gradient."""
     model = get_peft_model(
         model,
-        LoraConfig(
-            r=4, lora_alpha=8, lora_dropout=dropout, target_modules=list(targets), task_type="CAUSAL_LM", **options
-        ),
+        LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM", **options),
     )
     fill_adapters(model, seed)
     return model

@@ -1,7 +1,7 @@
 """Tiny random models of every family, a few thousand weights each."""
 
 import torch
-from helpers import VOCAB, add_lora, randomise
+from helpers import VOCAB, add_lora, make_batch, randomise
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -149,3 +149,20 @@ def vision_model(name: str) -> nn.Module:
     torch.manual_seed(0)
     config = AutoConfig.for_model(name, **VISION[name][0], pad_token_id=0)
     return randomise(AutoModelForImageTextToText.from_config(config, dtype=torch.float32))
+
+
+def vision_batch(name: str) -> dict[str, torch.Tensor]:
+    """A padded batch whose first row begins with an image."""
+    batch = make_batch()
+    ids = batch["input_ids"]
+    ids[ids >= VOCAB - 3] = 5
+    batch["labels"][batch["labels"] >= VOCAB - 3] = 5
+    ids[0, 0], ids[0, 1:5] = VOCAB - 2, IMAGE_TOKEN
+    generator = torch.Generator().manual_seed(0)
+    pixels = {key: torch.randn(shape, generator=generator) for key, shape in VISION[name][1].items()}
+    images = ids == IMAGE_TOKEN
+    extra = {
+        "gemma3": {"token_type_ids": images.long()},
+        "qwen2_5_vl": {"image_grid_thw": torch.tensor([[1, 4, 4]]), "mm_token_type_ids": images.int()},
+    }
+    return {**batch, **pixels, **extra.get(name, {})}

@@ -1,0 +1,126 @@
+"""States that PEFT can put an adapter in, and adapters that come later, on separate and on fused projections."""
+
+import re
+
+import pytest
+import torch
+from helpers import (
+    SPARSE,
+    add_lora,
+    assert_same,
+    differs,
+    fill_adapters,
+    loss_and_gradients,
+    sparse_result,
+)
+from peft import LoraConfig
+from test_families import compare, exactly, result
+from zoo import lora_targets, zoo_lora, zoo_model
+
+from sparselora_hf import sparsify
+
+SPARSE = SPARSE.replace(mlp_sparsity=0.9, attention_sparsity=0.75, criterion="oracle")
+DENSE = SPARSE.replace(mlp_sparsity=0.0, attention_sparsity=0.0)
+
+
+@pytest.fixture(params=["llama", "phi3"])
+def model(request):
+    return zoo_lora(request.param, "all")
+
+
+def add(model, name, **options):
+    """One more adapter, filled; those that are there keep their weights."""
+    before = {key: p.detach().clone() for key, p in model.named_parameters() if "lora_" in key}
+    targets = lora_targets(model, "all")
+    model.add_adapter(name, LoraConfig(r=2, target_modules=targets, task_type="CAUSAL_LM", **options))
+    fill_adapters(model, seed=5)
+    for key, p in model.named_parameters():
+        if key in before:
+            p.data.copy_(before[key])
+
+
+def test_another_adapter_takes_over(model, batch):
+    first = result(model, batch)[0]
+    add(model, "other")
+    model.set_adapter("other")
+    compare(model, batch, SPARSE)
+    assert differs((result(model, batch)[0], {}), (first, {}))
+
+
+def test_two_adapters_at_once(model, batch):
+    add(model, "other")
+    model.base_model.set_adapter(["default", "other"])
+    compare(model, batch, SPARSE)
+
+
+@pytest.mark.parametrize("state", ["disabled", "merged"])
+def test_disabled_and_merged(model, batch, state):
+    if state == "merged":
+        model.merge_adapter()
+        compare(model, batch, SPARSE)
+        return
+    with model.disable_adapter():
+        compare(model, batch, SPARSE)
+
+
+def test_merged_and_disabled_is_taken_out_first(model, batch):
+    with sparsify(model, SPARSE, progress=False) as handle, model.disable_adapter():
+        handle.set_enabled(True)
+        want = model(**batch).loss
+    with sparsify(model, SPARSE, progress=False) as handle:
+        handle.set_enabled(True)
+        model.merge_adapter()
+        with model.disable_adapter():
+            model(**batch)  # PEFT takes the adapters out in its own forwards
+            torch.testing.assert_close(model(**batch).loss, want, rtol=1e-5, atol=1e-5)
+
+
+def test_dora_that_comes_later_makes_its_mlp_dense(batch):
+    model = zoo_lora("llama", "mlp")
+    with sparsify(model, SPARSE.replace(attention_sparsity=0.0, exact=()), progress=False) as handle:
+        handle.set_enabled(True)
+        sparse = result(model, batch)
+        add(model, "dora", use_dora=True)
+        model.set_adapter("dora")
+        got = result(model, batch)
+        handle.set_enabled(False)
+        assert_same(got, result(model, batch))
+        handle.set_enabled(True)
+        model.set_adapter("default")
+        names = sparse[1].keys()
+        again = result(model, batch)
+        assert_same((again[0], {name: again[1][name] for name in names}), sparse)
+
+
+def test_all_linear(batch):
+    """PEFT's own way of naming every linear but the head."""
+    model = add_lora(zoo_model("phi3"), "all-linear").train()
+    compare(model, batch, SPARSE)
+
+
+SAVED = {
+    "embedding": ("embed_tokens", "embed_tokens.* is trained and lies below the decoder layers"),
+    "final norm": ("norm", ""),
+    "MLPs": ("mlp", r"mlp: dense \(the weight of gate is trained\)"),
+    "a projection": ("up_proj", r"mlp: dense \(up is "),
+}
+
+
+@pytest.mark.parametrize(("module", "message"), SAVED.values(), ids=SAVED.keys())
+def test_modules_to_save(batch, module, message):
+    """Trained and saved whole: gradients are those of the dense model, and the report says what that costs."""
+    model = zoo_lora("llama", "attention", modules_to_save=[module])
+    want = loss_and_gradients(model, batch)
+    assert any("modules_to_save" in name for name in want[1])
+    assert_same(exactly(model, batch, DENSE), want, 1e-4)
+    assert differs(sparse_result(model, batch, SPARSE), want)
+    with sparsify(model, SPARSE, progress=False) as handle:
+        assert re.search(message, handle.report())
+
+
+def test_layers_without_an_adapter_and_a_pattern(batch):
+    """Any subset of the linears, named by a regular expression."""
+    pattern = r".*layers\.1\.(self_attn\.v_proj|mlp\.down_proj)"
+    model = add_lora(zoo_model("llama"), pattern).train()
+    assert sum(p.requires_grad for p in model.parameters()) == 4
+    compare(model, batch, SPARSE)
