@@ -5,9 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import ATTENTION, lora_model, make_batch
+from hypothesis import Phase, settings
 from transformers.utils import logging
 
 ROOT = Path(__file__).parents[1]
+
+settings.register_profile("default", max_examples=100, deadline=None)
+settings.register_profile("thorough", max_examples=3000, deadline=None, phases=[Phase.generate])
+settings.load_profile("default")
 
 
 @pytest.fixture(scope="session", autouse=True)

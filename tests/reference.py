@@ -26,8 +26,10 @@ def _norm(old: nn.Module) -> nn.RMSNorm:
 
 
 def next_token_loss(logits, labels):
-    """Mean cross-entropy over labelled tokens, in the type of the logits."""
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+    """Mean cross-entropy over labelled tokens, in the type of the logits; 0 where there is none."""
+    targets = labels[:, 1:].flatten()
+    total = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets, ignore_index=-100, reduction="sum")
+    return total / (targets != -100).sum().clamp(min=1)
 
 
 class MaskedDense:
@@ -58,6 +60,7 @@ class MaskedDense:
             for name, p in model.named_parameters()
         }
         self.sets: dict[tuple[int, str], list[int]] = {}
+        self.gap = 1.0  # between the last channel kept and the first dropped, relative to the best
         active = model.active_adapter
         self.scaling = next(m.scaling[active] for m in model.modules() if hasattr(m, "lora_A"))
 
@@ -87,6 +90,8 @@ class MaskedDense:
     def keep_best(self, key, scores, keep):
         order = sorted(range(len(scores)), key=lambda c: -float(scores[c]))
         self.sets[key] = sorted(order[:keep])
+        margin = float(scores[order[keep - 1]] - scores[order[keep]]) if keep < len(order) else 1.0
+        self.gap = min(self.gap, margin / max(float(scores[order[0]]), 1e-300))
         return self.sets[key]
 
     def score_rows(self, x):

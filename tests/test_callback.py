@@ -2,8 +2,12 @@
 
 import pytest
 import torch
+from accelerate import Accelerator
+from datasets import Dataset
 from helpers import SPARSE, assert_untouched, lora_model, make_batch, snapshot
+from training import tokenizer
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from trl import DPOConfig, DPOTrainer
 
 from sparselora_hf import SparseLoraCallback, SparseLoraConfig, sparsify
 from sparselora_hf.handle import CALIBRATION_FILE
@@ -202,3 +206,71 @@ def test_callback_whose_configuration_does_not_fit(tmp_path):
     with pytest.raises(ValueError, match="layer 7 does not exist"):
         make_trainer(tmp_path, model, [SparseLoraCallback(SparseLoraConfig({"7": 0.5}))])
     assert_untouched(model, before)
+
+
+# other trainers and loops
+
+
+def preferences(n: int = 8) -> Dataset:
+    """Prompts with a better and a worse answer of other lengths."""
+    return Dataset.from_list(
+        [
+            {
+                "prompt": " ".join(f"w{(i + t) % 50 + 6}" for t in range(5 + i % 3)) + " ",
+                "chosen": f"w{i + 7} w{i + 8}",
+                "rejected": f"w{i + 20} w{i + 3} w{i + 4}",
+            }
+            for i in range(n)
+        ]
+    )
+
+
+def preference_losses(folder, config):
+    model = lora_model()
+    handle = sparsify(model, config) if config else None
+    watch = _Watch(handle)
+    args = DPOConfig(str(folder), max_steps=4, per_device_train_batch_size=2, learning_rate=5e-3, logging_steps=1,
+                     save_strategy="no", report_to="none", use_cpu=True, bf16=False, disable_tqdm=True)  # fmt: skip
+    callbacks = [SparseLoraCallback(handle), watch] if handle else []
+    trainer = DPOTrainer(
+        model, args=args, train_dataset=preferences(), processing_class=tokenizer(), callbacks=callbacks
+    )
+    trainer.train()
+    return losses(trainer), watch
+
+
+def test_preference_training(tmp_path):
+    """`DPOTrainer`: the reference forward, without gradients, lies between a sparse forward and its backward."""
+    dense, _ = preference_losses(tmp_path, None)
+    exact, _ = preference_losses(tmp_path, SparseLoraConfig())
+    sparse, watch = preference_losses(tmp_path, SPARSE.replace(start_step=2, end_step=4))
+    plain, _ = preference_losses(tmp_path, SPARSE.replace(start_step=2, end_step=4, exact=False))
+    assert exact == pytest.approx(dense, rel=1e-4)
+    assert sparse == pytest.approx(plain, rel=1e-4)
+    assert watch.seen == [False, False, True, True]
+    assert sparse[2:] != pytest.approx(dense[2:], rel=1e-4)
+
+
+def test_loop_of_ones_own(tmp_path):
+    """Accelerate and three calls of the handle give the losses of the callback in a Trainer."""
+    config = SPARSE.replace(criterion="static", compensation="mean", start_step=1)
+    want, _, _ = run(tmp_path, config, max_steps=4, lr_scheduler_type="constant", max_grad_norm=0.0, seed=1)
+    accelerator = Accelerator(cpu=True)
+    model = lora_model()
+    handle = sparsify(model, config)
+    loader = make_trainer(tmp_path, model, [], seed=1).get_train_dataloader()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3, weight_decay=0.0)
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    torch.manual_seed(1)
+    handle.begin_run(max_steps=4)
+    got = []
+    for step, batch in zip(range(4), loader, strict=False):
+        handle.begin_step(step)
+        loss = prepared(**batch).loss
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        got.append(float(loss.detach()))
+    handle.end_run()
+    assert got == pytest.approx(losses(want), rel=1e-3)
+    assert not handle.enabled

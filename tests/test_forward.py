@@ -97,39 +97,27 @@ def test_checkpointing_gives_the_same_gradients(model, batch, reentrant, criteri
     assert_same(results[1], results[0], 1e-6)
 
 
-@REENTRANT
-def test_recomputation_keeps_the_sets_of_the_forward(model, handle, batch, reentrant):
-    """Scores that differ by a rounding would choose others, and no shape would tell."""
-    checkpoint(model, reentrant)
-    handle.set_enabled(True)
-    want = loss_and_gradients(model, batch)
-    loss = model(**batch).loss
+def ask_no_more(model, handle):
+    """Scores that differ by a rounding would choose other sets, and no shape would tell."""
     criterion = handle.state.criterion
     criterion.mlp = criterion.qk = criterion.vo = None  # must not be asked again
-    loss.backward()
-    got = loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
-    assert_same(got, want, 1e-7)
+
+
+IN_BETWEEN = {
+    "criterion not asked again": ask_no_more,
+    "switched off": lambda model, handle: handle.set_enabled(False),
+    "evaluation": lambda model, handle: logits(model, make_batch((3,), (2,))),
+}
 
 
 @REENTRANT
-def test_switching_between_forward_and_backward_changes_nothing(model, handle, batch, reentrant):
+@pytest.mark.parametrize("happens", IN_BETWEEN.values(), ids=IN_BETWEEN.keys())
+def test_what_happens_between_forward_and_backward_changes_nothing(model, handle, batch, reentrant, happens):
     checkpoint(model, reentrant)
     handle.set_enabled(True)
     want = loss_and_gradients(model, batch)
     loss = model(**batch).loss
-    handle.set_enabled(False)
-    loss.backward()
-    got = loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
-    assert_same(got, want, 1e-7)
-
-
-@REENTRANT
-def test_evaluation_between_forward_and_backward_changes_nothing(model, handle, batch, reentrant):
-    checkpoint(model, reentrant)
-    handle.set_enabled(True)
-    want = loss_and_gradients(model, batch)
-    loss = model(**batch).loss
-    logits(model, make_batch((3,), (2,)))
+    happens(model, handle)
     loss.backward()
     got = loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
     assert_same(got, want, 1e-7)

@@ -34,6 +34,9 @@ def guarded(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int
     """Run a command; an error in what the user gave becomes one line and exit code 2."""
     try:
         return command(argv)
+    except KeyboardInterrupt:
+        sys.stderr.write(f"sparselora: {command} was interrupted. Nothing is half written: run the command again.\n")
+        return 130
     except (ImportError, OSError, ValueError) as error:
         if os.environ.get(TRACEBACK_VARIABLE) == "1":
             raise
@@ -48,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments after the program's name; None takes those of the process.
 
     Returns:
-        Exit code: 0, the subcommand's own, or 2 after an error in what the user gave.
+        Exit code: 0, the subcommand's own, 2 after an error in what the user gave, or 130 after Ctrl-C.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     command = _parser().parse_args(argv[:1]).command
