@@ -1,25 +1,32 @@
-"""Write README's measured tables from the CSV files under `results/`. Run after every benchmark.
+"""Write README's tables from the files under `results/` and from the code. Run after every benchmark.
 
 A table stands between `<!-- table:NAME -->` and `<!-- end -->`. `--check` writes nothing and fails where README is not
-what the files say.
+what files and code say. Rows of a CSV with the same settings are one line: the median, and the range in brackets.
 """
 
 import argparse
 import csv
 import json
 import re
+import statistics
 import sys
+from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 from sparselora_hf.families import families_table
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[2] / "README.md"
-QUICKSTART_PAIRS = {"exact_match": ".1f", "loss": ".4f"}
-NAMES = {"exact": "exact savings alone", "sparse": "SparseLoRA", "sparse_no_exact": "SparseLoRA without exact savings"}
+NOT_YET = "Not yet measured."
+SETTING = ("model", "sequence", "output", "batch", "fill", "checkpointing")
+VARIANTS = {"exact": "exact savings alone", "sparse": "SparseLoRA", "sparse_no_exact": "without exact savings"}
+
+Rows = list[dict[str, str]]
 
 
-def read(name: str) -> list[dict[str, str]]:
+def read(name: str) -> Rows:
+    """Rows of a CSV file; none where there is no file."""
     path = RESULTS / name
     if not path.exists():
         return []
@@ -27,77 +34,134 @@ def read(name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def markdown(header: list[str], rows: list[list[str]]) -> str:
+def markdown(header: list[str], rows: Iterable[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def footnote(rows: list[dict[str, str]]) -> str:
-    commits = sorted({row["commit"] for row in rows})
-    first = rows[0]
-    versions = ", ".join(f"{name} {first[name]}" for name in ("torch", "transformers", "peft", "trl"))
-    return f"\n\n{first['device']}; {versions}; commit {', '.join(commits)}."
+def footnote(rows: Rows) -> str:
+    """Where and with what a table was measured."""
+    commits = ", ".join(sorted({row["commit"] for row in rows}))
+    kinds = {tuple(row[name] for name in ("device", "torch", "transformers", "peft", "trl")) for row in rows}
+    stacks = (f"{kind[0]}; torch {kind[1]}, transformers {kind[2]}, peft {kind[3]}, trl {kind[4]}" for kind in kinds)
+    return f"\n\n{' / '.join(sorted(stacks))}; commit {commits}."
 
 
-def step_table() -> str:
-    rows = read("step-cpu.csv")
-    if not rows:
-        return "Not yet measured."
-    header = ["context", "fill", "checkpointing", "variant", "speed-up", "by wall clock", "FLOP bound", "peak memory"]
-    body = []
-    memory = 0.0
+def spread(values: list[float], unit: str = "x") -> str:
+    """Median, and the range where there are several values."""
+    middle = f"{statistics.median(values):.2f}{unit}"
+    if len(values) == 1:
+        return middle
+    return f"{middle} ({min(values):.2f}-{max(values):.2f})"
+
+
+def by_setting(rows: Rows) -> dict[tuple[str, ...], dict[str, Rows]]:
+    """Rows by setting and variant; each gets the peak memory of the baseline that it was measured beside."""
+    found: dict[tuple[str, ...], dict[str, Rows]] = defaultdict(lambda: defaultdict(list))
+    base = ""
     for row in rows:
-        peak = float(row["peak_memory"] or 0)
-        if row["variant"] == "sft":
-            memory = peak
-            continue
-        ratio = f"{peak / memory:.2f}" if peak and memory else "n/a"
-        start = [f"{float(row['context_share']):.0%}", f"{float(row['fill']):.0%}"]
-        start += ["yes" if row["checkpointing"] == "True" else "no", NAMES[row["variant"]]]
-        speeds = [f"{float(row[k]):.2f}x" for k in ("speedup", "speedup_wall", "bound")]
-        body.append([*start, *speeds, ratio])
+        base = row["peak_memory"] if row["variant"] == "sft" else base
+        setting = tuple(row[name] for name in SETTING)
+        found[setting][row["variant"]].append({**row, "base_memory": base})
+    return found
+
+
+def memory_ratio(rows: Rows) -> str:
+    known = [row for row in rows if row["peak_memory"] and row["base_memory"]]
+    return spread([float(r["peak_memory"]) / float(r["base_memory"]) for r in known], "") if known else "n/a"
+
+
+def speed(rows: Rows, clock: str) -> str:
+    return spread([float(row[clock]) for row in rows]) if rows else ""
+
+
+def step_table(name: str) -> str:
+    """Speed-ups of the variants over `SFTTrainer`, a line for each setting."""
+    rows = read(name)
+    if not rows:
+        return NOT_YET
+    settings = by_setting(rows)
+    several = len({setting[0] for setting in settings}) > 1
+    labels = [*VARIANTS.values(), "SparseLoRA, wall clock", "FLOP bound", "peak memory"]
+    header = [*(["model"] if several else []), "batch", "context", "fill", "checkpointing", *labels]
+    body = []
+    for (model, sequence, _, batch, fill, checkpointing), variants in sorted(settings.items(), key=order):
+        sparse = variants["sparse"]
+        speeds = [speed(variants[name], "speedup") for name in VARIANTS] + [speed(sparse, "speedup_wall")]
+        limit = f"{float(sparse[-1]['bound']):.2f}x"
+        start = [f"{batch} x {sequence}", f"{float(sparse[0]['context_share']):.0%}", f"{float(fill):.0%}"]
+        start += ["yes" if checkpointing == "True" else "no"]
+        body.append([*([model] if several else []), *start, *speeds, limit, memory_ratio(sparse)])
     return markdown(header, body) + footnote(rows)
+
+
+def order(item: tuple) -> tuple:
+    """Models, then without checkpointing before with it, full batches before padded ones, few context tokens first."""
+    (model, sequence, output, batch, fill, checkpointing), _ = item
+    return model, checkpointing == "True", int(sequence), int(batch), -float(fill), -int(output)
 
 
 def grid_table() -> str:
+    """Speed-up over shapes, a line for each width."""
     rows = [row for row in read("grid-cpu.csv") if row["variant"] == "sparse"]
     if not rows:
-        return "Not yet measured."
-    header = ["hidden", "cells", "slowest cell", "median", "fastest cell"]
+        return NOT_YET
     body = []
     for hidden in sorted({int(row["hidden"]) for row in rows}):
         cells = sorted(float(row["speedup"]) for row in rows if int(row["hidden"]) == hidden)
-        figures = [f"{value:.2f}x" for value in (cells[0], cells[len(cells) // 2], cells[-1])]
+        figures = [f"{value:.2f}x" for value in (cells[0], statistics.median(cells), cells[-1])]
         body.append([str(hidden), str(len(cells)), *figures])
-    return markdown(header, body) + footnote(rows)
+    return markdown(["hidden", "cells", "slowest cell", "median", "fastest cell"], body) + footnote(rows)
 
 
 def quickstart_table() -> str:
+    """The quickstart's reports, a line for each seed."""
     reports = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("quickstart-seed*.json"))]
     if not reports:
-        return "Not yet measured."
-    header = ["seed", "speed-up of the median step", "by process time", "exact match", "training loss", "seconds"]
+        return NOT_YET
+    header = ["seed", "speed-up of a step", "of the whole run", "exact match, %", "training loss"]
     body = []
     for report in reports:
-        pairs = [f"{report[k]['dense']:{form}} / {report[k]['sparse']:{form}}" for k, form in QUICKSTART_PAIRS.items()]
-        speeds = [f"{report[k]:.2f}x" for k in ("speedup", "speedup_cpu")]
-        body.append([str(report["seed"]), *speeds, *pairs, f"{report['seconds']:.0f}"])
+        whole = {kind: sum(curve["cpu"]) for kind, curve in report["curves"].items()}
+        speeds = [f"{report['speedup_cpu']:.2f}x", f"{whole['dense'] / whole['sparse']:.2f}x"]
+        match, loss = report["exact_match"], report["loss"]
+        pairs = [f"{match['dense']:.1f} / {match['sparse']:.1f}", f"{loss['dense']:.4f} / {loss['sparse']:.4f}"]
+        body.append([str(report["seed"]), *speeds, *pairs])
     versions = ", ".join(f"{name} {version}" for name, version in reports[0]["versions"].items())
     return markdown(header, body) + f"\n\nSFTTrainer / SparseLoraTrainer; {reports[0]['device']}; {versions}."
 
 
 def family_rows() -> str:
-    return markdown(*families_table())
+    """What can be sparse, and in which families."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for title, model_type, *_, sparse in families_table()[1]:
+        groups[sparse].append(f"{title} ({model_type})")
+    rows = sorted(groups.items(), key=lambda item: -len(item[1]))
+    return markdown(["can be sparse", "families"], ([sparse, "; ".join(names)] for sparse, names in rows))
 
 
-TABLES = {"step": step_table, "grid": grid_table, "quickstart": quickstart_table, "families": family_rows}
+TABLES = {
+    "families": family_rows,
+    "grid": grid_table,
+    "quickstart": quickstart_table,
+    "step": lambda: step_table("step-cpu.csv"),
+    "step-gpu": lambda: step_table("step-cuda.csv"),
+}
 
 
 def fill(text: str) -> str:
-    for name, make in TABLES.items():
-        pattern = rf"(<!-- table:{name} -->\n).*?(<!-- end -->)"
-        text = re.sub(pattern, lambda m, make=make: f"{m[1]}{make()}\n{m[2]}", text, flags=re.DOTALL)
-    return text
+    """A text with its tables written anew.
+
+    Raises:
+        ValueError: a table of an unknown name.
+    """
+
+    def table(match: re.Match) -> str:
+        if match[2] not in TABLES:
+            raise ValueError(f"There is no table {match[2]!r}. Tables: {', '.join(TABLES)}.")
+        return f"{match[1]}{TABLES[match[2]]()}\n{match[3]}"
+
+    return re.sub(r"(<!-- table:([\w-]+) -->\n).*?(<!-- end -->)", table, text, flags=re.DOTALL)
 
 
 def main() -> int:
