@@ -6,6 +6,9 @@ out=${1:-$(mktemp -d)}
 
 python recipes/smoke.py "$out"
 
+echo "comparison"
+python recipes/compare.py --smoke --output-dir "$out/compare"
+
 echo "step benchmark"
 python recipes/bench/step.py --device cpu --layers 2 --hidden 128 --sequence 64 --output 8 --rounds 1 --steps 2 \
   --sparse '{mlp_sparsity: 0.9}' --no-memory --csv "$out/step.csv" --json

@@ -84,7 +84,9 @@ def _quieten() -> None:
     logging.disable_progress_bar()
 
 
-def measure(name: str, build: Callable[[list[Any]], Any], score: Callable[[Any], float | None]) -> Outcome:
+def measure(
+    name: str, build: Callable[[list[Any]], Any], score: Callable[[Any], float | None] = lambda trainer: None
+) -> Outcome:
     """Train, save and score one trainer.
 
     Args:

@@ -283,3 +283,28 @@ def test_doctor_fails_when_the_numbers_differ(capsys, monkeypatch):
     monkeypatch.setattr(doctor, "parity", lambda device: doctor.Parity(1e-3, 1e-3, 1e-2))
     assert main(["doctor"]) == 1
     assert "FAILED" in capsys.readouterr().out
+
+
+# help
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out.startswith("sparselora_hf ")
+
+
+def test_help_of_a_setting_is_its_docstring(capsys):
+    with pytest.raises(SystemExit):
+        main(["estimate", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "fraction of MLP channels dropped for context tokens" in text
+    assert all(len(settings._help(field.name)) > len(field.name) + 8 for field in dataclasses.fields(SparseLoraConfig))
+
+
+@pytest.mark.parametrize("argv", [("estimate", "llama-3-8b", "--batch", "0"), ("quickstart", "--steps", "-1")])
+def test_counts_are_positive(capsys, argv):
+    with pytest.raises(SystemExit) as end:
+        main(argv)
+    assert end.value.code == 2
+    assert "must be a whole number of at least 1" in capsys.readouterr().err

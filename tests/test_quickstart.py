@@ -35,6 +35,7 @@ def test_report_picture_and_adapters(folder, capsys):
     assert report.keys() >= KEYS
     assert report["loss"].keys() == report["exact_match"].keys() == report["peak_memory"].keys() == {"dense", "sparse"}
     assert report["first_sparse_step"] == 3
+    assert [len(report["curves"][name][kind]) for name in ("dense", "sparse") for kind in ("loss", "cpu")] == [4] * 4
     assert report["channel_sparsity"] == pytest.approx(0.5, abs=0.02)
     assert (folder / "out/report.png").read_bytes().startswith(b"\x89PNG")
     assert "SparseLoraTrainer" in capsys.readouterr().out

@@ -154,7 +154,7 @@ def main(argv: Sequence[str]) -> int:
     import torch
     from rich.console import Console
 
-    argparse.ArgumentParser(prog="sparselora doctor", description=__doc__).parse_args(argv)
+    argparse.ArgumentParser(prog="sparselora doctor", description=__doc__.partition(": ")[2]).parse_args(argv)
     console = Console(soft_wrap=True, markup=False, highlight=False)
     for name, value in _report().items():
         console.print(f"{name:14} {value}")

@@ -22,7 +22,7 @@ from ..cost import (
     weight_bytes,
 )
 from ..shapes import MODEL_SHAPES
-from .settings import add_sparse_arguments, sparse_config, to_arguments
+from .settings import add_sparse_arguments, positive, sparse_config, to_arguments
 
 __all__ = ["Estimate", "estimate", "main", "model_shape", "run_bound"]
 
@@ -190,14 +190,16 @@ def _show(result: Estimate) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="sparselora estimate", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="sparselora estimate", description=__doc__.partition(": ")[2], allow_abbrev=False
+    )
     parser.add_argument("model", help=f"name on the hub, folder, config.json, or a shape: {', '.join(MODEL_SHAPES)}")
     parser.add_argument("--sparse-config", type=Path, help="YAML file of settings; flags win over it")
-    parser.add_argument("--batch", type=int, default=8, help="rows of a batch")
-    parser.add_argument("--sequence", type=int, default=512, help="tokens of a row")
-    parser.add_argument("--output", type=int, default=128, help="answer tokens of a row")
+    parser.add_argument("--batch", type=positive, default=8, help="rows of a batch")
+    parser.add_argument("--sequence", type=positive, default=512, help="tokens of a row")
+    parser.add_argument("--output", type=positive, default=128, help="answer tokens of a row")
     parser.add_argument("--fill", type=float, default=1.0, help="share of a row that is no padding")
-    parser.add_argument("--lora-rank", type=int, default=32, help="rank of LoRA on q, k, v and o")
+    parser.add_argument("--lora-rank", type=positive, default=32, help="rank of LoRA on q, k, v and o")
     parser.add_argument("--checkpointing", action="store_true", help="activations are recomputed in backward")
     parser.add_argument(
         "--head", choices=("all", "labels"), default="labels", help="positions TRL scores (GPU: labels)"

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .settings import positive
+
 __all__ = ["main"]
 
 RESULTS = "results.json"
@@ -25,10 +27,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", help="file, folder or hub name of the questions; left out, they are fetched")
     parser.add_argument("--output", type=Path, help="folder of answers and results; left out, ADAPTER/eval")
     parser.add_argument("--prompt-format", help="left out, that of the training or else the task's")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--limit", type=int, help="ask the first so many rows")
-    parser.add_argument("--max-new-tokens", type=int, help="left out, the task's")
-    parser.add_argument("--samples", type=int, help="answers to each question; left out, the task's")
+    parser.add_argument("--batch-size", type=positive, default=8)
+    parser.add_argument("--limit", type=positive, help="ask the first so many rows")
+    parser.add_argument("--max-new-tokens", type=positive, help="left out, the task's")
+    parser.add_argument("--samples", type=positive, help="answers to each question; left out, the task's")
     parser.add_argument("--temperature", type=float, help="0 is greedy; left out, the task's")
     parser.add_argument("--top-p", type=float, default=0.9)
     parser.add_argument("--seed", type=int, default=0)

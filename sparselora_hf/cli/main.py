@@ -6,6 +6,8 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from .. import __version__
+
 __all__ = ["COMMANDS", "guarded", "main"]
 
 COMMANDS = {
@@ -24,6 +26,7 @@ def _parser() -> argparse.ArgumentParser:
         description="LoRA fine-tuning with contextual sparsity.",
         epilog=f"Options of a command: sparselora COMMAND --help. {TRACEBACK_VARIABLE}=1 shows where an error arose.",
     )
+    parser.add_argument("--version", action="version", version=f"sparselora_hf {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, summary in COMMANDS.items():
         commands.add_parser(name, help=summary, add_help=False)

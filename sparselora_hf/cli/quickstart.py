@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .settings import positive
+
 if TYPE_CHECKING:
     from ..comparison import Outcome
 
@@ -59,18 +61,22 @@ class Task:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="sparselora quickstart", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="sparselora quickstart",
+        description=__doc__.partition("\n\n")[0].partition(": ")[2],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     parser.add_argument("--output-dir", type=Path, default=Path("sparselora-quickstart"), help="where results go")
     parser.add_argument("--model", default=str(ASSETS), help="hub name or folder of a causal model")
     parser.add_argument("--dataset", help="hub name, folder or file with prompt and completion columns")
     parser.add_argument("--prompt-format", help="how to read the dataset: alpaca, question_answer or text_split")
-    parser.add_argument("--steps", type=int, default=70)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
-    parser.add_argument("--max-length", type=int, default=512)
-    parser.add_argument("--test-rows", type=int, default=200, help="held-out rows for exact match")
+    parser.add_argument("--steps", type=positive, default=70, help="optimizer steps of each trainer")
+    parser.add_argument("--batch", type=positive, default=16, help="rows of a step")
+    parser.add_argument("--learning-rate", type=float, default=3e-3, help="peak of a cosine schedule")
+    parser.add_argument("--max-length", type=positive, default=512, help="tokens at which rows are cut")
+    parser.add_argument("--test-rows", type=int, default=200, help="held-out rows for exact match, 0 for none")
     parser.add_argument("--sparse-config", type=Path, help="YAML of a SparseLoraConfig; left out, a safe default")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of adapters, data and its order")
     return parser
 
 
@@ -206,6 +212,7 @@ def report(task: Task, dense: "Outcome", sparse: "Outcome", seconds: float) -> d
         "exact_match": {name: outcome.score for name, outcome in pair.items()},
         "loss": {name: round(outcome.loss, 4) for name, outcome in pair.items()},
         "peak_memory": {name: outcome.memory for name, outcome in pair.items()},
+        "curves": {name: _curve(outcome) for name, outcome in pair.items()},
         "sparse_config": sparse.config,
         "channel_sparsity": sparse.sparsity,
         "first_sparse_step": first + 1,
@@ -217,6 +224,11 @@ def report(task: Task, dense: "Outcome", sparse: "Outcome", seconds: float) -> d
         "versions": {"sparselora_hf": __version__, "torch": torch.__version__},
         "seconds": round(seconds, 1),
     }
+
+
+def _curve(outcome: "Outcome") -> dict[str, list[float]]:
+    """Loss and process seconds of every step."""
+    return {"loss": [round(x, 4) for x in outcome.losses], "cpu": [round(step.cpu, 4) for step in outcome.steps]}
 
 
 def _table(figures: dict[str, Any]) -> Any:

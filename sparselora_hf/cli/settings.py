@@ -6,12 +6,22 @@ Every field is a flag of its own name; one whose name the Trainer's arguments al
 
 import argparse
 import dataclasses
+import inspect
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from ..config import SparseLoraConfig
 
-__all__ = ["CLASHING", "add_sparse_arguments", "argument_name", "sparse_arguments", "sparse_config", "to_arguments"]
+__all__ = [
+    "CLASHING",
+    "add_sparse_arguments",
+    "argument_name",
+    "positive",
+    "sparse_arguments",
+    "sparse_config",
+    "to_arguments",
+]
 
 CLASHING = ("seed",)  # fields that SFTConfig has too
 _FIELDS = ("preset", *(field.name for field in dataclasses.fields(SparseLoraConfig)))
@@ -22,8 +32,23 @@ def argument_name(field: str) -> str:
     return f"sparse_{field}" if field in CLASHING else field
 
 
+def _descriptions() -> dict[str, str]:
+    """What the docstring of `SparseLoraConfig` says of each field."""
+    text = (inspect.getdoc(SparseLoraConfig) or "").partition("Args:\n")[2].partition("\n\n")[0]
+    found = re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", text, re.MULTILINE)
+    return {name: re.sub(r"`+|\s+", lambda m: " " if m[0].isspace() else "", words) for name, words in found}
+
+
 def _help(field: str) -> str:
-    return "a schedule of the paper by name" if field == "preset" else f"SparseLoraConfig.{field}"
+    text = "a schedule of the paper by name" if field == "preset" else _descriptions().get(field, field)
+    return text.replace("%", "%%")
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, as a type of an argument."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
+    return int(text)
 
 
 def sparse_arguments() -> type:

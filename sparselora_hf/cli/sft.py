@@ -93,10 +93,21 @@ def make_trainer(recipe: Recipe, keywords: dict[str, Any]) -> Any:
     if recipe.data.dense:
         from trl import SFTTrainer
 
-        return SFTTrainer(**keywords)
-    from ..trainer import SparseLoraTrainer
+        trainer = SFTTrainer(**keywords)
+    else:
+        from ..trainer import SparseLoraTrainer
 
-    return SparseLoraTrainer(**keywords, sparse_config=recipe.sparse)
+        trainer = SparseLoraTrainer(**keywords, sparse_config=recipe.sparse)
+    if recipe.training.fp16:
+        _widen_adapters(trainer.model)
+    return trainer
+
+
+def _widen_adapters(model: Any) -> None:
+    """TRL makes the adapters of a quantised model bfloat16, which float16's gradient scaler cannot take."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
 
 
 def _note_data(recipe: Recipe) -> None:
@@ -108,14 +119,35 @@ def _note_data(recipe: Recipe) -> None:
     path.write_text(yaml.safe_dump(notes), encoding="utf-8")
 
 
-def _evaluate(recipe: Recipe) -> int:
-    from .eval import main as evaluate
+def evaluate(recipe: Recipe) -> dict[str, float]:
+    """Run the recipe's tasks, if it has any, on the adapter that was saved; their scores in per cent."""
+    import json
 
-    data, batch = recipe.data, recipe.training.per_device_eval_batch_size
-    flags = [recipe.training.output_dir, "--task", *data.eval_tasks, "--batch-size", str(batch)]
+    from .eval import RESULTS
+    from .eval import main as evaluate_adapter
+
+    data, folder = recipe.data, Path(recipe.training.output_dir)
+    _note_data(recipe)
+    if not data.eval_tasks:
+        return {}
+    flags = [str(folder), "--task", *data.eval_tasks]
+    flags += ["--batch-size", str(recipe.training.per_device_eval_batch_size)]
     flags += ["--data", data.eval_data] if data.eval_data else []
+    flags += ["--load-in-4bit"] if recipe.model.load_in_4bit else []
     flags += ["--max-new-tokens", "8", "--limit", "1", "--overwrite"] if data.smoke else []
-    return evaluate(flags)
+    evaluate_adapter(flags)
+    results = json.loads((folder / "eval" / RESULTS).read_text(encoding="utf-8"))
+    return {task: result["score"] for task, result in results.items() if "score" in result}
+
+
+def prepare(argv: Sequence[str]) -> Recipe:
+    """Read recipe and flags; with `--smoke`, make the model and data it then runs on."""
+    recipe = parse(argv)
+    if recipe.data.smoke:
+        from .smoke import furnish
+
+        recipe = furnish(recipe)
+    return recipe
 
 
 def main(argv: Sequence[str]) -> int:
@@ -126,11 +158,7 @@ def main(argv: Sequence[str]) -> int:
     """
     from rich.console import Console
 
-    recipe = parse(argv)
-    if recipe.data.smoke:
-        from .smoke import furnish
-
-        recipe = furnish(recipe)
+    recipe = prepare(argv)
     trainer = make_trainer(recipe, trainer_keywords(recipe))
     start = time.perf_counter()
     result = trainer.train(resume_from_checkpoint=recipe.training.resume_from_checkpoint)
@@ -140,11 +168,12 @@ def main(argv: Sequence[str]) -> int:
         trainer.push_to_hub(dataset_name=recipe.script.dataset_name)
     is_main = trainer.is_world_process_zero()
     if is_main:
-        _note_data(recipe)
         kind = "dense" if recipe.data.dense else "sparse"
         Console(soft_wrap=True, markup=False, highlight=False).print(
             f"{kind}: {result.global_step} steps in {seconds:.1f} s, mean training loss {result.training_loss:.4f}, "
             f"saved to {recipe.training.output_dir}"
         )
     trainer.accelerator.end_training()
-    return _evaluate(recipe) if is_main and recipe.data.eval_tasks else 0
+    if is_main:
+        evaluate(recipe)
+    return 0
