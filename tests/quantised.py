@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import ATTENTION, MLP, add_lora, tiny_model
+from helpers import ATTENTION, add_lora, tiny_model
 from torch import nn
 
 from sparselora_hf.svd import dense_weight
@@ -23,7 +23,7 @@ KINDS = {
 def quantise(model: nn.Module, kind: str = "nf4-double", compute: torch.dtype = torch.float32) -> nn.Module:
     """Quantise the linears of all layers, in place."""
     for name, linear in list(model.named_modules()):
-        if name.split(".")[-1] in ATTENTION + MLP:
+        if isinstance(linear, nn.Linear) and linear is not model.get_output_embeddings():
             model.set_submodule(name, _quantised(linear, KINDS[kind], compute))
     setattr(model, "is_loaded_in_8bit" if kind == "int8" else "is_loaded_in_4bit", True)
     return model
@@ -53,8 +53,10 @@ def dequantise(model: nn.Module) -> nn.Module:
     return model
 
 
-def pair(kind: str = "nf4-double", targets=ATTENTION, lora=None, **options) -> tuple[nn.Module, nn.Module]:
+def pair(
+    kind: str = "nf4-double", targets=ATTENTION, lora=None, model: nn.Module | None = None, **options
+) -> tuple[nn.Module, nn.Module]:
     """A quantised model with adapters, and its twin with dequantised weights and the same adapters."""
-    base = quantise(tiny_model(**options), kind)
+    base = quantise(tiny_model(**options) if model is None else model, kind)
     twin = dequantise(base)
     return tuple(add_lora(model, targets, **(lora or {})).train() for model in (base, twin))

@@ -8,6 +8,7 @@ from helpers import (
     ATTENTION,
     MLP,
     SPARSE,
+    VOCAB,
     add_lora,
     assert_same,
     assert_untouched,
@@ -23,6 +24,7 @@ from peft import PeftModel, prepare_model_for_kbit_training
 from quantised import KINDS, bnb, pair, quantise
 from reference import MaskedDense
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from sparselora_hf import SparseLoraConfig, TokenPlan, sparsify
 
@@ -46,6 +48,41 @@ def test_sparse_equals_sparse_on_dequantised_weights(kind, targets, batch):
     want = sparse_result(twin, batch, SPARSE)
     assert_same(sparse_result(model, batch, SPARSE), want, TOL)
     assert differs(want, loss_and_gradients(twin, batch))
+
+
+def fused_model(family: str) -> nn.Module:
+    """A random decoder whose projections are fused: queries, keys and values; in Phi-3 also gate and up."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "vocab_size": VOCAB}
+    config = AutoConfig.for_model(
+        family, **sizes, num_attention_heads=8, num_key_value_heads=4, pad_token_id=0, bos_token_id=1, eos_token_id=2
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            nn.init.normal_(parameter, std=0.15)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["nf4-double", "int8"])
+@pytest.mark.parametrize("family", ["phi3", "gpt_neox"])
+def test_fused_projections(family, kind, batch):
+    """Of a fused weight a role has a share of the rows: in one piece (Phi-3), or one for each head (GPT-NeoX)."""
+    targets = {"phi3": ["qkv_proj", "gate_up_proj", "down_proj"], "gpt_neox": ["query_key_value", "dense_4h_to_h"]}
+    model, twin = pair(kind, targets[family], model=fused_model(family))
+    for config in (SPARSE, SPARSE.replace(criterion="oracle")):
+        sets = sets_of(model, batch, config)
+        assert set(sets) >= {(0, "mlp"), (1, "mlp"), (1, "qk"), (1, "vo")}
+        assert sets == sets_of(twin, batch, config)
+        want = sparse_result(twin, batch, config)
+        assert_same(sparse_result(model, batch, config), want, TOL)
+        assert differs(want, loss_and_gradients(twin, batch))
+
+
+def test_dora(batch):
+    """DoRA takes the norm of the dequantised weight by itself; its base product is sparse."""
+    results = [sparse_result(model, batch, SPARSE) for model in pair(targets=ATTENTION, lora={"use_dora": True})]
+    assert_same(*results, TOL)
 
 
 @pytest.mark.parametrize("targets", [ATTENTION, ALL], ids=["qkvo", "all linears"])

@@ -141,7 +141,10 @@ _TOKENS = {
     "svd@0.9, a set per sequence": _criterion("svd", "tokens", micro_batch=1),
     "oracle@0.9, a set per sequence": _criterion("oracle", "tokens", micro_batch=1),
 }
-_QLORA = {"static+r8@0.9, inner layers": _static("qlora", 8, span="inner")}
+_QLORA = {
+    f"static+r{rank}@{sparsity}, inner layers": _static("qlora", rank, span="inner", mlp=sparsity)
+    for rank, sparsity in ((8, 0.9), (32, 0.9), (32, 0.75))
+}
 _ATTENTION = {
     "svd attention@0.75, RoPE pairs": Arm("attention", mlp=0.0, attention=0.75, study="rope_pairs"),
     "svd attention@0.75, QK alone": Arm("attention", mlp=0.0, attention=0.75, study="qk_alone"),
