@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 from trl import SFTTrainer
 
-from .attach import check_model, sparsify
+from .attach import attach, check_model, sparsify
 from .callback import SparseLoraCallback
 from .checkpoints import newest_checkpoint
 from .collator import PLAN_KEY, PlanCollator
@@ -79,7 +79,7 @@ class SparseLoraTrainer(SFTTrainer):
         model = given.get("model")
         self._config_given = sparse_config is not None
         self._family = model_family
-        _check_before(model, given.get("peft_config"), sparse_config, model_family)
+        self._checked = _check_before(model, given.get("peft_config"), sparse_config, model_family)
         trained = _trained_parameters(model)
         super().__init__(*args, **kwargs)
         try:
@@ -94,7 +94,11 @@ class SparseLoraTrainer(SFTTrainer):
             raise
 
     def _sparsify(self, config: SparseLoraConfig) -> None:
-        self.sparse_handle = sparsify(self.model, config, family=self._family)
+        if self._checked is None:
+            self.sparse_handle = sparsify(self.model, config, family=self._family)
+        else:
+            self.sparse_handle = attach(self.model, config, self._checked)
+        self._checked = self.sparse_handle.family
         self.sparse_callback = _TrainersCallback(self.sparse_handle)
         self.add_callback(self.sparse_callback)
         logger.info("SparseLoRA:\n" + self.sparse_handle.report())
@@ -237,8 +241,8 @@ def _plan_of(inputs: dict[str, Any], token_rule: str) -> TokenPlan | None:
 
 def _check_before(
     model: object, peft_config: object, config: SparseLoraConfig | None, family: ModelFamily | None
-) -> None:
-    """Everything that can be said before `SFTTrainer` wraps the model."""
+) -> ModelFamily | None:
+    """Everything that can be said before `SFTTrainer` wraps the model; returns the family of one that is loaded."""
     if peft_config is not None and "lm_head" in (getattr(peft_config, "target_modules", None) or ()):
         raise ValueError("target_modules: a LoRA adapter on lm_head is not supported. Leave lm_head out.")
     if peft_config is None and not isinstance(model, PeftModel):
@@ -246,7 +250,8 @@ def _check_before(
             "SparseLoraTrainer trains LoRA adapters and the model carries none. Pass peft_config=LoraConfig(...)."
         )
     if isinstance(model, (PreTrainedModel, PeftModel)):
-        check_model(model, config or SparseLoraConfig(), family)
+        return check_model(model, config or SparseLoraConfig(), family)
+    return None
 
 
 def _check_labels(dataset: object, rows: int = 100) -> None:

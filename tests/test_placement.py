@@ -144,3 +144,15 @@ def test_engines(monkeypatch, engine, state):
         return
     with pytest.raises(ValueError, match=f"does not run in .*{engine}.*ZeRO-2 are the ways"):
         placement.check_engine(n_gpu)
+
+
+def test_trainer_reads_the_weights_once(tmp_path, monkeypatch):
+    """Whether they hold NaN: before TRL wraps the model, and not again afterwards."""
+    from training import make_trainer
+
+    from sparselora_hf import placement
+
+    read = []
+    monkeypatch.setattr(placement, "_is_finite", lambda weight: read.append(weight.data_ptr()) or True)
+    make_trainer(tmp_path, SPARSE)
+    assert len(read) == len(set(read)) == 3 * 7

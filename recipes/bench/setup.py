@@ -138,6 +138,7 @@ def build_trainer(
     steps: int,
     *,
     lora_rank: int = 16,
+    dora: bool = False,
     checkpointing: bool = False,
     callbacks: tuple[TrainerCallback, ...] = (),
     **settings,
@@ -164,7 +165,7 @@ def build_trainer(
         "args": args,
         "train_dataset": workload.dataset(model.config.vocab_size, steps),
         "processing_class": build_tokenizer(),
-        "peft_config": LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=TARGETS),
+        "peft_config": LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=TARGETS, use_dora=dora),
         "callbacks": list(callbacks),
     }
     if variant == "sft":

@@ -91,6 +91,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sparse", help="YAML of SparseLoraConfig settings; left out, the model's or the preset")
     parser.add_argument("--quantization", choices=QUANTIZATIONS, default="none", help="of the frozen weights")
     parser.add_argument("--lora-rank", type=int, default=16)
+    parser.add_argument("--dora", action="store_true", help="DoRA in place of LoRA, in every variant")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--rounds", type=int, default=3)
@@ -133,6 +134,7 @@ def make_trainer(args: argparse.Namespace, variant: str, model, steps: int, call
         sparse_settings(args),
         steps,
         lora_rank=args.lora_rank,
+        dora=args.dora,
         checkpointing=args.checkpointing,
         callbacks=callbacks,
     )
@@ -221,6 +223,7 @@ def rows_of(args: argparse.Namespace, argv: list[str]) -> Iterator[dict]:
             "context_share": round(1 - (args.output + 1) / (args.sequence * args.fill), 3),
             "checkpointing": args.checkpointing,
             **({} if args.quantization == "none" else {"quantization": args.quantization}),
+            **({"adapter": "DoRA"} if args.dora else {}),
             "speedup": round(speedup, 3),
             "speedup_wall": round(statistics.median(s.wall for s in base) / statistics.median(wall), 3),
             "bound": round(limit, 3),
@@ -308,7 +311,7 @@ def main(argv: list[str] | None = None) -> int:
         probe(args)
         return 0
     rows = list(rows_of(args, argv))
-    kind = "step" if args.quantization == "none" else "step-qlora"
+    kind = "step-dora" if args.dora else "step" if args.quantization == "none" else "step-qlora"
     append_csv(args.csv or RESULTS / f"{kind}-{args.device}.csv", rows)
     Console().print(table_of(rows))
     if args.json:

@@ -1,4 +1,19 @@
-"""Hook on an attention module: picks the channel sets of its projections before the family's own code runs."""
+"""Hook on an attention module: picks the channel sets of its projections before the family's own code runs.
+
+Families that normalise queries and keys after the projection (Qwen3, Gemma 3, OLMo 2, EXAONE 4) keep all of their
+channels and drop values alone: the norm puts the energy of the dropped channels into the kept ones, so that keys grow
+where they should shrink. Measured on `babyllama361` with Qwen3's norms, trained for 250 steps of 16 x 128 tokens to a
+loss of 0.896: context of 96 tokens, 3 of 5 layers sparse, oracle sets, loss of the 32 tokens behind it above the dense
+model's at sparsity 0.25 / 0.5 / 0.75:
+
+* values alone +0.009 / +0.039 / +0.109,
+* queries and keys alone +0.002 / +0.046 / +0.492; without norms (the checkpoint as it is) they cost less than values,
+* scaled back by the kept share of a head's energy +0.002 / +0.031 / +0.222, of each token's +0.001 / +0.020 / +0.212,
+* all four +0.012 / +0.071 / +0.449.
+
+At the sparsities of the paper's schedules even a correction that knows every token's norm leaves twice the damage of
+the values, so there is none.
+"""
 
 import torch
 from torch import nn
