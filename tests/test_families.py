@@ -22,12 +22,14 @@ from peft import PeftModel, get_peft_model_state_dict
 from reference import next_token_loss
 from safetensors.torch import load_file
 from torch import nn
+from training import trained
 from zoo import CONFIGS, IMAGE_TOKEN, VISION, vision_batch, vision_model, zoo_lora, zoo_model
 
 from sparselora_hf import FAMILIES, ModelFamily, SparseLoraConfig, TokenPlan, sparsify
 from sparselora_hf.families import families_table, find_family
 from sparselora_hf.modules.classes import Patched
-from sparselora_hf.views import AttentionView
+from sparselora_hf.shapes import ModelShape
+from sparselora_hf.views import AttentionView, MlpView
 
 SPARSE = SPARSE.replace(mlp_sparsity={"0": 0.9, "1": 0.5}, attention_sparsity=0.75, criterion="oracle")
 EXPERTS = ("gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe")
@@ -296,3 +298,34 @@ def test_table_names_every_family():
     assert all(len(row) == len(header) and all(row) for row in rows)
     tested = {CONFIGS[name].get("model_type", name) for name in CONFIGS} | {"qwen2_5_vl_text"}
     assert tested == FAMILIES.keys()
+
+
+# through TRL, and the cost model
+
+
+@pytest.mark.parametrize("name", ["cohere", "gemma2", "granite", "phi", "gpt_neox", "mixtral"])
+def test_trainer_gives_the_losses_of_sft(name, tmp_path):
+    """Logit scales, soft-capping, a head with a bias, other norms: TRL's fused head gets loss positions alone."""
+    dense = trained(tmp_path, model=zoo_lora(name), max_steps=2)
+    exact = trained(tmp_path, SparseLoraConfig(), model=zoo_lora(name), max_steps=2)
+    assert exact.losses == pytest.approx(dense.losses, rel=1e-5)
+    zero = torch.tensor(0.0)
+    assert_same((zero, exact.recorder.gradients[-1]), (zero, dense.recorder.gradients[-1]), 1e-4)
+
+
+@every_model
+def test_shape_of_the_configuration(name):
+    """What the cost model reads from a configuration is what the model has."""
+    model = zoo_model(name)
+    family = find_family(model.config.model_type)
+    shape, layer = ModelShape.from_config(model.config), model.get_decoder().layers[0]
+    attention = AttentionView.of(layer.get_submodule(family.attention), family)
+    assert (shape.heads, shape.kv_heads, shape.head_dim) == dataclasses.astuple(attention.layout)
+    assert shape.sparse_qk != family.normalises_queries(model.config)
+    mlp = layer.get_submodule(family.mlp)
+    # neither biases nor routers, which have a row for each of at most four experts
+    weights = sum(p.numel() for key, p in mlp.named_parameters() if "bias" not in key and min(p.shape[-2:]) > 4)
+    assert weights == shape.mlp_matrices * shape.hidden * max(shape.stored, shape.intermediate)
+    assert len(shape.mlp_names) == shape.mlp_matrices == (3 if family.is_gated else 2)
+    if not family.experts:
+        assert shape.intermediate == MlpView.of(mlp, family).width
