@@ -169,15 +169,20 @@ def test_shares_of_energy(monkeypatch, tmp_path):
     tiny_model().save_pretrained(tmp_path / "models" / "tiny")
     ids = torch.randint(3, 61, (8, 16), generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(estimators, "DATA", tmp_path)
-    monkeypatch.setattr(estimators, "LENGTH", 16)
+    monkeypatch.setattr(estimators, "CONTEXT", 12)
+    monkeypatch.setattr(estimators, "OUTPUT_ROWS", {"output rows": 4})
     monkeypatch.setattr(estimators, "chunks", lambda *arguments: ids)
     settings = {name: {"criterion": name, "rank": 4} for name in ("oracle", "random", "static", "svd", "svd_whitened")}
     monkeypatch.setattr(estimators, "ESTIMATORS", settings)
     rows = list(estimators.rows_of("tiny", "stories", [0.5, 0.9], batches=2, batch=4))
-    assert len(rows) == 3 * 3 * 2 * (len(settings) + 1)
-    shares = {name: [r["share"] for r in rows if r["estimator"] == name] for name in (*settings, "best fixed set")}
+    assert len(rows) == 3 * 3 * 2 * (len(settings) + 2)
+    shares = {
+        name: [r["share"] for r in rows if r["estimator"] == name]
+        for name in (*settings, "output rows", "best fixed set")
+    }
     assert min(shares["oracle"]) == 1.0
     assert max(shares["random"]) < 1.0
+    assert sum(shares["random"]) < sum(shares["output rows"]) < sum(shares["oracle"])
     assert sum(shares["best fixed set"]) > sum(shares["static"]) > sum(shares["random"])
     header, body = accuracy_table.estimator_rows([{**r, "sparsity": str(r["sparsity"])} for r in rows], "mlp")
     assert header == ["estimator", "tiny, stories, 0.9"]

@@ -2,13 +2,14 @@
 
     python recipes/bench/estimators.py
 
-Forward passes of the shared checkpoints alone. The energy of a channel is the square of its true score over all tokens
-of a batch; a share is the mean over batches. Statistics come from TinyStories, on which the checkpoints were
-pretrained; scores are judged on other stories, and on grade-school problems.
+Forward passes of the shared checkpoints alone. The energy of a channel is the square of its true score over the
+context tokens of a batch, the first three quarters of each row; a share is the mean over batches. Statistics come from
+TinyStories, on which the checkpoints were pretrained; judged are other stories, and grade-school problems.
 """
 
 import argparse
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from types import MappingProxyType
@@ -45,9 +46,12 @@ ESTIMATORS = MappingProxyType(
         "static": {"criterion": "static"},
     }
 )
+# scored by true activations of so many tokens at the end of each row: output rows are dense anyway and cost nothing
+OUTPUT_ROWS = MappingProxyType({"output rows, last 64": 64, "output rows, last 8": 8})
 HINDSIGHT = "best fixed set"  # of the very batches that judge it
 PARTS = ("mlp", "qk", "vo")
 LENGTH = 256
+CONTEXT = 192
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,9 +62,9 @@ class Probe:
     attention: AttentionView
 
     def scores(self, criterion: Criterion, part: str, layer: int, x: torch.Tensor, step: int) -> torch.Tensor:
-        """Scores of one part's channels from its inputs ``[T, H]``, rows of `LENGTH` tokens one after another."""
-        rows = torch.arange(len(x))
-        sampled = criterion.sample(x, rows, rows // LENGTH)
+        """Scores of one part's channels from its inputs ``[B, S, H]``."""
+        rows = torch.arange(x.shape[0] * x.shape[1])
+        sampled = criterion.sample(x.reshape(len(rows), -1), rows, rows // x.shape[1])
         return getattr(criterion, part)(layer, self.mlp if part == "mlp" else self.attention, sampled, step)
 
 
@@ -77,13 +81,12 @@ class Subject:
 
     @torch.no_grad()
     def inputs(self, ids: torch.Tensor) -> dict[tuple[str, int], torch.Tensor]:
-        """Inputs ``[B · S, H]`` of every MLP and attention module, by kind and layer, for ids ``[B, S]``."""
+        """Inputs ``[B, S, H]`` of every MLP and attention module, by kind and layer, for ids ``[B, S]``."""
         found = {}
 
         def keep(key):
             def hook(module, args, kwargs):
-                x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-                found[key] = x.reshape(-1, x.shape[-1])
+                found[key] = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
 
             return hook
 
@@ -101,9 +104,9 @@ class Subject:
         """A criterion with its factors, or what it learns from inputs of dense steps."""
         config = SparseLoraConfig(mlp_sparsity=0.5, **settings)
         calibration, factors = Calibration(config), {}
-        picks, slots = calibration.reservoir.draw(len(statistics["mlp", 0]), 0)
+        picks, slots = calibration.reservoir.draw(statistics["mlp", 0].shape[:2].numel(), 0)
         for (kind, layer), x in statistics.items():
-            calibration.reservoir.put(f"{kind}.{layer}", x[picks], slots)
+            calibration.reservoir.put(f"{kind}.{layer}", x.flatten(0, 1)[picks], slots)
         for number, probe in enumerate(self.probes):
             if config.needs_statistics:
                 calibration.fit_mlp(number, probe.mlp, keep=1)
@@ -119,6 +122,22 @@ def share(energy: torch.Tensor, index: torch.Tensor) -> float:
     return float(energy[index].sum() / energy.topk(len(index)).values.sum())
 
 
+def scores_of(
+    probe: Probe, part: str, layer: int, xs: list[torch.Tensor], criteria: dict[str, Criterion], oracle: Criterion
+) -> tuple[list[torch.Tensor], dict[str, list[torch.Tensor]]]:
+    """Energy of the channels of one part in each batch ``[B, S, H]``, and the scores by estimator."""
+    context = [x[:, :CONTEXT] for x in xs]
+    energies = [probe.scores(oracle, part, layer, x, 0).square() for x in context]
+    scores = {
+        name: [probe.scores(criterion, part, layer, x, step) for step, x in enumerate(context)]
+        for name, criterion in criteria.items()
+    }
+    for name, tokens in OUTPUT_ROWS.items():
+        scores[name] = [probe.scores(oracle, part, layer, x[:, -tokens:], 0) for x in xs]
+    scores[HINDSIGHT] = [torch.stack(energies).sum(0)] * len(xs)
+    return energies, scores
+
+
 @torch.no_grad()
 def rows_of(checkpoint: str, text: str, sparsities: list[float], batches: int, batch: int) -> Iterator[dict]:
     """One row per estimator, part, layer and sparsity."""
@@ -128,29 +147,23 @@ def rows_of(checkpoint: str, text: str, sparsities: list[float], batches: int, b
     judged = [subject.inputs(ids) for ids in chunks(folder, text, "test", LENGTH)[: batches * batch].split(batch)]
     oracle = subject.criterion({"criterion": "oracle"}, statistics)
     criteria = {name: subject.criterion(settings, statistics) for name, settings in ESTIMATORS.items()}
-    for number, probe in enumerate(subject.probes):
-        for part in PARTS:
-            xs = [inputs["mlp" if part == "mlp" else "attention", number] for inputs in judged]
-            energies = [probe.scores(oracle, part, number, x, step).square() for step, x in enumerate(xs)]
-            scores = {
-                name: [probe.scores(criterion, part, number, x, step) for step, x in enumerate(xs)]
-                for name, criterion in criteria.items()
+    for (layer, probe), part in itertools.product(enumerate(subject.probes), PARTS):
+        xs = [inputs["mlp" if part == "mlp" else "attention", layer] for inputs in judged]
+        energies, scores = scores_of(probe, part, layer, xs, criteria, oracle)
+        for name, sparsity in itertools.product(scores, sparsities):
+            keep = kept_channels(len(energies[0]), sparsity)
+            shares = [share(e, top_channels(s, keep)) for e, s in zip(energies, scores[name], strict=True)]
+            yield {
+                "checkpoint": checkpoint,
+                "text": text,
+                "estimator": name,
+                "part": part,
+                "layer": layer,
+                "sparsity": sparsity,
+                "keep": keep,
+                "share": round(sum(shares) / len(shares), 4),
+                "batches": len(xs),
             }
-            scores[HINDSIGHT] = [torch.stack(energies).sum(0)] * len(xs)
-            for name, sparsity in ((n, s) for n in scores for s in sparsities):
-                keep = kept_channels(len(energies[0]), sparsity)
-                shares = [share(e, top_channels(s, keep)) for e, s in zip(energies, scores[name], strict=True)]
-                yield {
-                    "checkpoint": checkpoint,
-                    "text": text,
-                    "estimator": name,
-                    "part": part,
-                    "layer": number,
-                    "sparsity": sparsity,
-                    "keep": keep,
-                    "share": round(sum(shares) / len(shares), 4),
-                    "batches": len(xs),
-                }
 
 
 def main(argv: list[str] | None = None) -> int:
