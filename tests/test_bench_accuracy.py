@@ -187,3 +187,29 @@ def test_shares_of_energy(monkeypatch, tmp_path):
     header, body = accuracy_table.estimator_rows([{**r, "sparsity": str(r["sparsity"])} for r in rows], "mlp")
     assert header == ["estimator", "tiny, stories, 0.9"]
     assert body[0] == ["oracle", "1.00 (1.00)"]
+
+
+def test_greedy_search_spares_the_sensitive_layer(bench):
+    import accuracy_schedule
+
+    sensitivity = (6.0, 1.0, 2.0, 1.0)
+
+    def trial(schedule):
+        loss = 1.0 + sum(weight * sparsity**2 for weight, sparsity in zip(sensitivity, schedule, strict=True))
+        return loss, 1 - sum(schedule) / 4
+
+    found = [schedule for schedule, _, _ in accuracy_schedule.search(trial, 4, target=0.6)]
+    assert found[0] == (0.0, 0.5, 0.0, 0.0)
+    assert found[-1] == (0.0, 0.97, 0.75, 0.0)
+    assert list(accuracy_schedule.search(trial, 4, target=0.0))[-1][0] == (0.97, 0.97, 0.97, 0.0)
+
+
+def test_trials_of_a_search_are_not_run_twice(bench, tiny, tmp_path):
+    import accuracy_schedule
+
+    settings = {"subject": "tiny", "criterion": "static", "stand_in": 4, "seed": 0, "steps": 2, "work_dir": tmp_path}
+    args = types.SimpleNamespace(csv=tmp_path / "trials.csv", **settings)
+    first = accuracy_schedule.trials(args)((0.5, 0.0, 0.0))
+    assert first == accuracy_schedule.trials(args)((0.5, 0.0, 0.0))
+    assert [row["arm"] for row in rows_of(args.csv)] == ["static+r4 0.5/0/0"]
+    assert 0 < first[1] < 1

@@ -146,10 +146,24 @@ def _tokens(trainer: StudyTrainer) -> BatchShape:
     return BatchShape(**counts, batch=1, sequence=1)
 
 
-def run(subject_name: str, arm_name: str, seed: int, steps: int | None, work_dir: Path) -> dict:
-    """Train one arm with one seed; returns its row."""
-    subject, arm = SUBJECTS[subject_name], ARMS[arm_name]
+def run(
+    subject_name: str, arm_name: str, seed: int, steps: int | None, work_dir: Path, arm: Arm | None = None
+) -> dict:
+    """Train one arm with one seed; returns its row. An arm that is in no table is given."""
+    subject, arm = SUBJECTS[subject_name], arm or ARMS[arm_name]
     steps = steps or subject.steps
+    return {
+        "subject": subject_name,
+        "arm": arm_name,
+        "seed": seed,
+        "steps": steps,
+        **outcome(subject, arm, seed, steps, work_dir),
+        **environment("cpu"),
+    }
+
+
+def outcome(subject, arm: Arm, seed: int, steps: int, work_dir: Path) -> dict:
+    """Train, and measure what came of it."""
     with tempfile.TemporaryDirectory() as folder:
         trainer, task = build(subject, arm, seed, steps, work_dir, folder)
         clocks = time.perf_counter(), time.process_time()
@@ -161,10 +175,6 @@ def run(subject_name: str, arm_name: str, seed: int, steps: int | None, work_dir
     match = exact_match(trainer.model, tokenizer, task.questions) if task.questions else None
     shares = {"flops": 1.0, "flops_sparse": 1.0}
     return {
-        "subject": subject_name,
-        "arm": arm_name,
-        "seed": seed,
-        "steps": steps,
         "heldout_loss": round(loss, 5),
         "exact_match": match,
         **(linear_share(trainer, steps) if arm.trainer == "sparse" else shares),
@@ -174,16 +184,15 @@ def run(subject_name: str, arm_name: str, seed: int, steps: int | None, work_dir
         "parameters": ModelShape.from_config(trainer.model.config).parameters,
         "seconds": round(seconds, 1),
         "cpu_seconds": round(cpu_seconds, 1),
-        **environment("cpu"),
     }
 
 
-def finished(path: Path) -> set[tuple[str, ...]]:
-    """Keys of the rows that are there."""
+def finished(path: Path) -> dict[tuple[str, ...], dict[str, str]]:
+    """The rows that are there, by key."""
     if not path.exists():
-        return set()
+        return {}
     with path.open(newline="", encoding="utf-8") as file:
-        return {tuple(row[name] for name in KEY) for row in csv.DictReader(file)}
+        return {tuple(row[name] for name in KEY): row for row in csv.DictReader(file)}
 
 
 def listing() -> str:
@@ -192,16 +201,20 @@ def listing() -> str:
     return "\n".join(["subjects:", *(f"  {name}" for name in SUBJECTS), "arms:", *sorted(arms)])
 
 
+def quieten() -> None:
+    datasets.disable_progress_bars()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     console = Console(highlight=False)
     if args.list:
         console.print(listing())
         return 0
-    datasets.disable_progress_bars()
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    torch.set_num_threads(1)
+    quieten()
     done = finished(args.csv)
     for subject in args.subjects:
         SUBJECTS[subject].ready(args.work_dir)

@@ -32,6 +32,7 @@ class Arm:
         stand_in: rank of the low-rank stand-in, 0 for none.
         span: layers that are sparse, a name out of `SPANS`.
         slope: how sparsity changes with depth at the same mean, a name out of `SLOPES`.
+        layers: sparsity of each MLP, lowest first, in place of `mlp`.
         study: a change that the package does not offer, a name out of `accuracy_ablations.STUDY`.
         micro_batch: rows of a micro-batch, whose tokens share their channel sets; None is the whole batch.
         settings: further fields of `SparseLoraConfig`.
@@ -44,6 +45,7 @@ class Arm:
     stand_in: int = 0
     span: str = "below_last"
     slope: str = "uniform"
+    layers: tuple[float, ...] | None = None
     study: str | None = None
     micro_batch: int | None = None
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -53,9 +55,10 @@ class Arm:
 def config_of(arm: Arm, layers: int) -> SparseLoraConfig:
     """Configuration of an arm for a model with so many layers."""
     span = list(SPANS[arm.span](layers))
+    mlp = _profile(arm.mlp, arm.slope, span) if arm.layers is None else dict(enumerate(arm.layers))
     stand_in = {"compensation": "low_rank", "compensation_rank": arm.stand_in} if arm.stand_in else {}
     return SparseLoraConfig(
-        mlp_sparsity=_profile(arm.mlp, arm.slope, span),
+        mlp_sparsity=mlp,
         attention_sparsity=_profile(arm.attention, arm.slope, span),
         dense_if_slower=False,  # models of this size gain no time: they are to be sparse all the same
         **stand_in,
