@@ -13,7 +13,7 @@ import torch
 from sparselora_hf import SparseLoraTrainer
 from sparselora_hf.channels import ChannelSelection, HeadLayout
 from sparselora_hf.collator import PLAN_KEY
-from sparselora_hf.criteria import SvdCriterion
+from sparselora_hf.criteria import Criterion, SvdCriterion
 from sparselora_hf.decoder import decoder_layers
 from sparselora_hf.plan import TokenPlan
 from sparselora_hf.state import SparseState
@@ -49,6 +49,17 @@ class PairedCriterion(SvdCriterion):
         """Scores of key channels, ``[kv]``."""
         scores = super().qk(layer, view, x, step).view(view.layout.kv_heads, 2, -1)
         return scores.square().sum(1, keepdim=True).sqrt().expand_as(scores).reshape(-1)
+
+
+class OutputRowsCriterion(Criterion):
+    """True activations of the batch's output rows, which are computed anyway: a score per batch at no cost."""
+
+    state: SparseState
+
+    def sample(self, x: torch.Tensor, rows: torch.Tensor, *args) -> torch.Tensor:
+        """Output rows of ``x`` ``[T, H]``; context rows where a batch has none."""
+        output = self.state.batch.plan.output
+        return super().sample(x, output if len(output) else rows, *args)
 
 
 def _reference(layout: HeadLayout) -> ReferenceLayout:
@@ -111,13 +122,14 @@ def _output_tokens(plan: TokenPlan) -> TokenPlan:
 class Study:
     """A change: another criterion, other channel sets, or other tokens as context."""
 
-    criterion: type[SvdCriterion] | None = None
+    criterion: type[Criterion] | None = None
     sets: Callable | None = None
     plan: Callable[[TokenPlan], TokenPlan] | None = None
 
 
 STUDY = {
     "reference_mapping": Study(criterion=ReferenceCriterion, sets=_reference_sets),
+    "output_rows": Study(criterion=OutputRowsCriterion),
     "rope_pairs": Study(criterion=PairedCriterion),
     "qk_alone": Study(sets=_whole("vo")),
     "vo_alone": Study(sets=_whole("qk")),
@@ -139,6 +151,7 @@ class StudyTrainer(SparseLoraTrainer):
         state = self.sparse_handle.state
         if self.study.criterion is not None:
             state.criterion = self.study.criterion(state.criterion.factors, state.calibration, state.config)
+            state.criterion.state = state
         if self.study.sets is not None:
             family = self.sparse_handle.family
             for layer in decoder_layers(self.model, state.config, family):

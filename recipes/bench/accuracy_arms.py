@@ -106,6 +106,10 @@ _WARM_UP = {
 }
 _CRITERIA = {f"{name}@0.9": _criterion(name, "criteria") for name in CRITERIA}
 _CRITERIA |= {f"{name}+r8@0.9": _criterion(name, "criteria", stand_in=8) for name in CRITERIA}
+_CRITERIA |= {
+    "output rows@0.9": _criterion("oracle", "criteria", study="output_rows"),
+    "output rows+r8@0.9": _criterion("oracle", "criteria", stand_in=8, study="output_rows"),
+}
 _CURVE = {
     f"{name}@{sparsity}": Arm("curve", mlp=sparsity, **arm, settings={"criterion": criterion})
     for sparsity in (0.5, 0.75, 0.97, 0.99)
@@ -119,6 +123,7 @@ _CURVE = {
 _RANK = {f"static+r{rank}@0.9": _static("rank", rank) for rank in (1, 2, 4, 16, 32)}
 _RANK |= {f"svd@0.9, rank {rank}": _criterion("svd", "rank", settings={"rank": rank}) for rank in (1, 2, 4, 16, 32)}
 _FAR = {
+    "svd@0.9, inner layers": _criterion("svd", "far", span="inner"),
     "svd@0.9, all layers": _criterion("svd", "far", span="all"),
     "static+r8@0.9, all layers": _static("far", 8, span="all"),
     "static+r8, one channel": _static("far", 8, mlp=0.999),
@@ -155,9 +160,9 @@ _ATTENTION = {
     "svd attention@0.75, sliced branch": Arm("attention", mlp=0.0, attention=0.75, settings={"lora_branch": "sliced"}),
 }
 
-_GROUPS = (_CRITERIA, _MAIN, _SCALE, _MAPPING, _WARM_UP, _CURVE, _RANK, _FAR, _DEPTH, _TOKENS, _QLORA, _ATTENTION)
-ARMS = MappingProxyType({name: arm for group in _GROUPS for name, arm in group.items()})
-"""All arms by name; one that stands in several groups belongs to the last that names it."""
+_GROUPS = (_CRITERIA, _SCALE, _MAPPING, _WARM_UP, _CURVE, _RANK, _FAR, _DEPTH, _TOKENS, _QLORA, _ATTENTION)
+ARMS = MappingProxyType(_MAIN | {name: arm for group in _GROUPS for name, arm in group.items()} | _MAIN)
+"""All arms by name, the main ones first; one that stands in several groups belongs to main, or to the last."""
 
 
 def select(wanted: Iterable[str]) -> list[str]:
@@ -168,7 +173,7 @@ def select(wanted: Iterable[str]) -> list[str]:
     """
     found: list[str] = []
     for name in wanted:
-        names = [name] if name in ARMS else [arm for arm, row in (_MAIN | ARMS).items() if row.group == name]
+        names = [name] if name in ARMS else [arm for arm, row in ARMS.items() if row.group == name]
         if not names:
             groups = sorted({arm.group for arm in ARMS.values()})
             raise ValueError(f"{name!r} is no arm and no group of arms. Groups: {', '.join(groups)}; arms: --list.")
