@@ -200,6 +200,7 @@ def _patch_part(handle: SparseLoraHandle, layer: Layer, part: Part | None, decis
             handle.undo(patched, hooks)
             decision = Decision(part.name, "dense", part.width, part.width, reason)
     handle.decisions.append(decision)
+    handle.state.last_layer_is_sparse |= last and decision.outcome == "sparse"
     meter, worth = handle.state.meter, part.worth if part and handle.config.dense_if_slower else None
     if part is None and layer.mlp is not None:
         return  # counted as the MLP beside the experts

@@ -79,8 +79,6 @@ class ActiveBatch:
         """
         sparse = sparse and self.sparse
         loss_only = loss_only and "last_layer" in self.savings and self._leaves_out_enough(len(self.plan.loss))
-        # a sparse context token that enters the loss (token rule "label") is needed whole
-        loss_only = loss_only and not (sparse and self.plan.loss_in_context)
         key = (sparse, loss_only, device)
         if key not in self._rows:
             self._rows[key] = self._make_rows(sparse, loss_only).to(device)
@@ -117,6 +115,7 @@ class SparseState:
         self.criterion = criterion
         self.calibration = calibration
         self.enabled = False
+        self.last_layer_is_sparse = False
         self.withheld: dict[str, str] = {}  # exact savings that the model does not allow, and why
         self.batch: ActiveBatch | None = None
         self.pinned = False  # the trainer began the batch: forwards leave it alone
@@ -138,6 +137,8 @@ class SparseState:
         savings = set(self.config.exact) - self.withheld.keys()
         if not loss_only:
             savings -= {"last_layer", "logits"}
+        if self.last_layer_is_sparse and (plan.loss_in_context or self.calibration.gathers):
+            savings -= {"last_layer"}  # its context tokens are scored, or sampled: what goes in must be whole
         self.step += 1
         on_device = plan.to(device)
         # numbered as one process would that took the micro-batches of all ranks in turn

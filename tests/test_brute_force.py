@@ -104,9 +104,11 @@ def test_adapters_on_some_projections(targets):
 
 @pytest.mark.parametrize("rule", ["label_or_predictor", "label"])
 @pytest.mark.parametrize("targets", [ATTENTION, ATTENTION + MLP], ids=["qkvo", "all linears"])
-def test_loss_positions_alone(rule, targets):
+@pytest.mark.parametrize("attention", [ATTENTION_SPARSITY, 0.0], ids=["attention too", "MLP alone"])
+def test_loss_positions_alone(rule, targets, attention):
     """Savings that need the promise that nothing but the loss is read."""
-    compare(build(targets=targets), make_batch(), loss_only=True, exact=True, token_rule=rule)
+    settings = {"loss_only": True, "exact": True, "token_rule": rule, "attention_sparsity": attention}
+    compare(build(targets=targets), make_batch(), **settings)
 
 
 @pytest.mark.parametrize("heads", SHAPES.values(), ids=SHAPES.keys())

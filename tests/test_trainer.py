@@ -144,6 +144,20 @@ def test_exact_savings_change_no_sparse_run(tmp_path, exact):
     assert_same_run(saving, plain)
 
 
+@pytest.mark.parametrize("rule", ["label_or_predictor", "label"])
+def test_exact_savings_leave_the_last_layers_sample_whole(tmp_path, rule):
+    """Its MLP is sampled in dense steps and, where context tokens enter the loss, sparse in later ones."""
+    config = SPARSE.replace(mlp_sparsity=0.9, attention_sparsity=0.0, token_rule=rule, criterion="static",
+                            compensation="mean", start_step=1)  # fmt: skip
+    plain, saving = (make_trainer(tmp_path, config.replace(exact=e), max_steps=3) for e in (False, True))
+    for trainer in (plain, saving):
+        trainer.train()
+    assert_same_run(saving, plain)
+    fits = [trainer.sparse_handle.state.calibration for trainer in (plain, saving)]
+    for layer in range(3):
+        torch.testing.assert_close(fits[1].scores[layer, "mlp"], fits[0].scores[layer, "mlp"], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "config",
     [SparseLoraConfig(), SPARSE.replace(criterion="static", start_step=1)],
