@@ -15,11 +15,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from sparselora_hf.families import families_table
+from sparselora_hf.versions import SUPPORTED
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[2] / "README.md"
 NOT_YET = "Not yet measured."
-SETTING = ("model", "sequence", "output", "batch", "fill", "checkpointing")
+SETTING = ("model", "sequence", "output", "batch", "fill", "checkpointing")  # of a CSV's rows
 VARIANTS = {"exact": "exact savings alone", "sparse": "SparseLoRA", "sparse_no_exact": "without exact savings"}
 
 Rows = list[dict[str, str]]
@@ -140,12 +141,20 @@ def family_rows() -> str:
     return markdown(["can be sparse", "families"], ([sparse, "; ".join(names)] for sparse, names in rows))
 
 
+def version_rows() -> str:
+    """Versions of the libraries that are supported."""
+    rows = ([name, bounds.lowest, bounds.newest, bounds.refused] for name, bounds in SUPPORTED.items())
+    return markdown(["", "from", "tested to", "refused from"], rows)
+
+
 TABLES = {
     "families": family_rows,
     "grid": grid_table,
     "quickstart": quickstart_table,
     "step": lambda: step_table("step-cpu.csv"),
     "step-gpu": lambda: step_table("step-cuda.csv"),
+    "step-qlora": lambda: step_table("step-qlora-cpu.csv"),
+    "versions": version_rows,
 }
 
 
