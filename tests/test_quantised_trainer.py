@@ -100,6 +100,7 @@ def test_command(checkpoint, tmp_path, capsys, bits, dense):
     code = main([
         "sft", "--model_name_or_path", str(checkpoint), "--dataset_name", str(data), f"--load_in_{bits}",
         "--max_steps", "3", "--mlp_sparsity", "0.9", "--dense_if_slower", "false", "--start_step", "1",
+        "--eval_strategy", "steps", "--eval_steps", "1", "--dataset_test_split", "train",
         "--output_dir", str(tmp_path / "out"), "--save_strategy", "no", "--report_to", "none",
         *(["--dense"] if dense else []),
     ])  # fmt: skip

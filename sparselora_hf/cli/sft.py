@@ -93,7 +93,10 @@ def make_trainer(recipe: Recipe, keywords: dict[str, Any]) -> Any:
     if recipe.data.dense:
         from trl import SFTTrainer
 
+        from ..modules.layout import TrainingLayout
+
         trainer = SFTTrainer(**keywords)
+        TrainingLayout(trainer.model)  # on some CPUs the first evaluation would end the learning over a 4-bit base
     else:
         from ..trainer import SparseLoraTrainer
 
