@@ -329,3 +329,15 @@ def test_shape_of_the_configuration(name):
     assert len(shape.mlp_names) == shape.mlp_matrices == (3 if family.is_gated else 2)
     if not family.experts:
         assert shape.intermediate == MlpView.of(mlp, family).width
+
+
+def test_trainer_takes_a_family(tmp_path):
+    model = zoo_lora("gpt_neox")
+    want = trained(tmp_path, SPARSE.replace(start_step=1), model=model, max_steps=2).losses
+    model = zoo_lora("gpt_neox")
+    model.get_base_model().config.model_type = "mine"
+    with pytest.raises(ValueError, match="'mine' is not known"):
+        trained(tmp_path, SPARSE, model=model)
+    family = dataclasses.replace(FAMILIES["gpt_neox"], name="mine")
+    got = trained(tmp_path, SPARSE.replace(start_step=1), model=model, model_family=family, max_steps=2).losses
+    assert got == pytest.approx(want, rel=1e-6)

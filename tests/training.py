@@ -104,6 +104,7 @@ class SparseTrainer(_Recording, SparseLoraTrainer):
 
 
 _TRAINER_ARGUMENTS = {
+    "model_family",
     "callbacks",
     "compute_loss_func",
     "compute_metrics",

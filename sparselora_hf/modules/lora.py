@@ -32,13 +32,14 @@ def ignores_base(module: nn.Module) -> bool:
     PEFT's DoRA does so with dropout: its norm multiplies the base product of the *dropped* input.
     """
     from peft.tuners.lora.layer import LoraLayer
+    from peft.tuners.lora.variants import DoraLinearVariant
 
     if not isinstance(module, LoraLayer):
         return False
     return any(
-        name in module.lora_variant and not isinstance(module.lora_dropout[name], nn.Identity)
+        isinstance(module.lora_variant.get(name), DoraLinearVariant)
+        and not isinstance(module.lora_dropout[name], nn.Identity)
         for name in module.active_adapters
-        if name in module.lora_A
     )
 
 
