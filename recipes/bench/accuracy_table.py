@@ -151,13 +151,6 @@ def estimator_rows(
     return ["estimator", *(f"{checkpoint}, {text}, {sparsity}" for checkpoint, text, sparsity in columns)], body
 
 
-def footnote(rows: list[dict[str, str]]) -> str:
-    """Devices, versions and commits of some rows, in a line."""
-    versions = sorted({", ".join(f"{n} {row[n]}" for n in ("torch", "transformers", "peft", "trl")) for row in rows})
-    devices, commits = (sorted({row[name] for row in rows}) for name in ("device", "commit"))
-    return f"{', '.join(devices)}; {'; '.join(versions)}; commit {', '.join(commits)}."
-
-
 def draw(rows: list[dict[str, str]], subject: str, steps: int, path: Path) -> None:
     """Write a picture: gap with interval against the share of linear FLOPs, a colour for each method."""
     import matplotlib
