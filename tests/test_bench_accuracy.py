@@ -76,6 +76,16 @@ def test_exact_savings_change_no_held_out_loss(bench, tiny, tmp_path):
     assert losses["untrained"] != pytest.approx(losses["dense"], abs=1e-3)
 
 
+def test_a_longer_arm_has_more_flops(bench, tiny, tmp_path):
+    arm = bench.arms.Arm("test", settings={"start_step": 0})
+    shares = [
+        bench.study.run("tiny", "name", 0, 2, tmp_path, dataclasses.replace(arm, longer=times)) for times in (1.0, 2.0)
+    ]
+    assert shares[1]["flops"] == pytest.approx(2 * shares[0]["flops"], abs=2e-4)
+    assert shares[1]["flops_sparse"] == shares[0]["flops_sparse"] == shares[0]["flops"]
+    assert shares[1]["steps"] == 2
+
+
 def test_each_change_changes_the_training(bench, tiny, tmp_path, monkeypatch):
     plain = bench.arms.Arm("test", attention=0.75, settings={"start_step": 0})
     arms = {name: dataclasses.replace(plain, study=name) for name in (None, *bench.ablations.STUDY)}

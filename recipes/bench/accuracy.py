@@ -97,9 +97,9 @@ def build(subject, arm: Arm, seed: int, steps: int, work_dir: Path, folder: str)
 def linear_share(trainer: StudyTrainer, steps: int) -> dict[str, float | None]:
     """FLOPs of frozen linears, channel scores and stand-ins, as a share of the dense ones, by the cost model.
 
-    Of a sparse step (`flops_sparse`), and of the whole run with its dense steps (`flops`). The scores of ``oracle``
-    are not counted: it shows what a score could reach. Empty where the ablation keeps sets that the cost model does
-    not know.
+    Of a sparse step (`flops_sparse`), and of the whole run with its dense steps against `steps` dense ones (`flops`).
+    The scores of ``oracle`` are not counted: it shows what a score could reach. Empty where the ablation keeps sets
+    that the cost model does not know.
     """
     if trainer.study.sets is not None:
         return {"flops": None, "flops_sparse": None}
@@ -119,9 +119,13 @@ def linear_share(trainer: StudyTrainer, steps: int) -> dict[str, float | None]:
         compensation_rank=config.compensation_rank if config.compensation == "low_rank" else 0,
     )
     sparse = (cost.linear + _scores(trainer, cost, mlp_keep)) / dense
-    schedule = Schedule.of(config, steps)
-    share = (schedule.end - schedule.start) / steps if config.is_sparse else 0.0
-    return {"flops": round(share * sparse + (1 - share) * warm_up, 4), "flops_sparse": round(sparse, 4)}
+    taken = trainer.args.max_steps
+    schedule = Schedule.of(config, taken)
+    count = schedule.end - schedule.start if config.is_sparse else 0
+    return {
+        "flops": round((count * sparse + (taken - count) * warm_up) / steps, 4),
+        "flops_sparse": round(sparse, 4),
+    }
 
 
 def _scores(trainer: StudyTrainer, cost: StepCost, mlp_keep: list[int | None]) -> float:
@@ -165,7 +169,7 @@ def run(
 def outcome(subject, arm: Arm, seed: int, steps: int, work_dir: Path) -> dict:
     """Train, and measure what came of it."""
     with tempfile.TemporaryDirectory() as folder:
-        trainer, task = build(subject, arm, seed, steps, work_dir, folder)
+        trainer, task = build(subject, arm, seed, round(steps * arm.longer), work_dir, folder)
         clocks = time.perf_counter(), time.process_time()
         if arm.trainer != "none":
             trainer.train()
@@ -173,11 +177,11 @@ def outcome(subject, arm: Arm, seed: int, steps: int, work_dir: Path) -> dict:
         loss = trainer.evaluate()["eval_loss"]
     tokenizer = subject.tokenizer(work_dir)
     match = exact_match(trainer.model, tokenizer, task.questions) if task.questions else None
-    shares = {"flops": 1.0, "flops_sparse": 1.0}
+    shares = linear_share(trainer, steps) if arm.trainer == "sparse" else {"flops": 1.0, "flops_sparse": 1.0}
     return {
         "heldout_loss": round(loss, 5),
         "exact_match": match,
-        **(linear_share(trainer, steps) if arm.trainer == "sparse" else shares),
+        **shares,
         "context": subject.context,
         "batch": subject.batch,
         "learning_rate": subject.learning_rate,

@@ -17,7 +17,7 @@ from sparselora_hf.criteria import Criterion, SvdCriterion
 from sparselora_hf.decoder import decoder_layers
 from sparselora_hf.plan import TokenPlan
 from sparselora_hf.state import SparseState
-from sparselora_hf.views import AttentionView
+from sparselora_hf.views import AttentionView, MlpView
 
 __all__ = ["STUDY", "StudyTrainer"]
 
@@ -49,6 +49,23 @@ class PairedCriterion(SvdCriterion):
         """Scores of key channels, ``[kv]``."""
         scores = super().qk(layer, view, x, step).view(view.layout.kv_heads, 2, -1)
         return scores.square().sum(1, keepdim=True).sqrt().expand_as(scores).reshape(-1)
+
+
+class HeldCriterion(SvdCriterion):
+    """Scores the MLP of every tenth batch and holds on to the scores in between."""
+
+    batches = 10
+
+    def __init__(self, *args) -> None:
+        super().__init__(*args)
+        self.held: dict[int, tuple[int, torch.Tensor]] = {}
+
+    def mlp(self, layer: int, view: MlpView, x: torch.Tensor, step: int) -> torch.Tensor:
+        """Scores of MLP channels, ``[N]``."""
+        taken, scores = self.held.get(layer, (-self.batches, None))
+        if step - taken >= self.batches:
+            taken, scores = self.held[layer] = step, super().mlp(layer, view, x, step)
+        return scores
 
 
 class OutputRowsCriterion(Criterion):
@@ -130,6 +147,7 @@ class Study:
 STUDY = {
     "reference_mapping": Study(criterion=ReferenceCriterion, sets=_reference_sets),
     "output_rows": Study(criterion=OutputRowsCriterion),
+    "held_sets": Study(criterion=HeldCriterion),
     "rope_pairs": Study(criterion=PairedCriterion),
     "qk_alone": Study(sets=_whole("vo")),
     "vo_alone": Study(sets=_whole("qk")),

@@ -35,6 +35,7 @@ class Arm:
         layers: sparsity of each MLP, lowest first, in place of `mlp`.
         study: a change that the package does not offer, a name out of `accuracy_ablations.STUDY`.
         micro_batch: rows of a micro-batch, whose tokens share their channel sets; None is the whole batch.
+        longer: optimizer steps over those of the other arms, for comparisons at equal FLOPs.
         settings: further fields of `SparseLoraConfig`.
         trainer: ``sparse``; ``sft`` is the baseline and ``none`` trains nothing.
     """
@@ -48,6 +49,7 @@ class Arm:
     layers: tuple[float, ...] | None = None
     study: str | None = None
     micro_batch: int | None = None
+    longer: float = 1.0
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     trainer: str = "sparse"
 
@@ -132,6 +134,11 @@ _FAR = {
     "static+r8@0.9, attention 0.75": _static("far", 8, attention=0.75),
     "static+r32@0.97, attention 0.75": _static("far", 32, mlp=0.97, attention=0.75),
 }
+_EQUAL_FLOPS = {  # 75 % context, 5 layers: about the dense run's linear FLOPs
+    "svd@0.9, equal FLOPs": _criterion("svd", "equal FLOPs", longer=2.14),
+    "static+r8@0.9, equal FLOPs": _static("equal FLOPs", 8, longer=2.16),
+    "svd_whitened+r8@0.9, equal FLOPs": _criterion("svd_whitened", "equal FLOPs", stand_in=8, longer=2.11),
+}
 _DEPTH = {
     "svd@0.9, lower layers": _criterion("svd", "depth", span="lower"),
     "svd@0.9, upper layers": _criterion("svd", "depth", span="upper"),
@@ -147,6 +154,7 @@ _TOKENS = {
     "static+r8@0.9, output tokens too": _static("tokens", 8, study="sparse_outputs_too"),
     "svd@0.9, 64 tokens scored": _criterion("svd", "tokens", settings={"score_tokens": 64}),
     "svd@0.9, a set per sequence": _criterion("svd", "tokens", micro_batch=1),
+    "svd@0.9, a set for 10 batches": _criterion("svd", "tokens", study="held_sets"),
     "oracle@0.9, a set per sequence": _criterion("oracle", "tokens", micro_batch=1),
 }
 _QLORA = {
@@ -160,7 +168,20 @@ _ATTENTION = {
     "svd attention@0.75, sliced branch": Arm("attention", mlp=0.0, attention=0.75, settings={"lora_branch": "sliced"}),
 }
 
-_GROUPS = (_CRITERIA, _SCALE, _MAPPING, _WARM_UP, _CURVE, _RANK, _FAR, _DEPTH, _TOKENS, _QLORA, _ATTENTION)
+_GROUPS = (
+    _CRITERIA,
+    _SCALE,
+    _MAPPING,
+    _WARM_UP,
+    _CURVE,
+    _RANK,
+    _FAR,
+    _EQUAL_FLOPS,
+    _DEPTH,
+    _TOKENS,
+    _QLORA,
+    _ATTENTION,
+)
 ARMS = MappingProxyType(_MAIN | {name: arm for group in _GROUPS for name, arm in group.items()} | _MAIN)
 """All arms by name, the main ones first; one that stands in several groups belongs to main, or to the last."""
 
