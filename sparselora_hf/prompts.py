@@ -4,11 +4,15 @@ The formats themselves are in `formats.py`; `text_split`, which cuts running tex
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import logging
+
 from .formats import FORMATS, alpaca, question_answer
+from .svd_cache import default_cache_dir
 
 __all__ = [
     "PROMPT_FORMATS",
@@ -24,7 +28,7 @@ __all__ = [
 PROMPT_FORMATS = (*sorted(FORMATS), "text_split")
 
 _READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
-_URLS = ("http://", "https://", "hf://")
+_URLS = ("http://", "https://")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,10 +182,10 @@ def read_rows(name: str, split: str = "train", config_name: str | None = None) -
     """
     import datasets
 
-    path = Path(name)
+    path = _fetched(name) if name.startswith(_URLS) else Path(name)
     suffix = path.suffix.lower()
-    if suffix in _READERS and (path.is_file() or name.startswith(_URLS)):
-        return datasets.load_dataset(_READERS[suffix], data_files=name, split=split)
+    if suffix in _READERS and path.is_file():
+        return datasets.load_dataset(_READERS[suffix], data_files=str(path), split=split)
     if suffix == ".txt" and path.is_file():
         return datasets.Dataset.from_dict({"text": [path.read_text(encoding="utf-8")]})
     if path.is_file():
@@ -189,3 +193,19 @@ def read_rows(name: str, split: str = "train", config_name: str | None = None) -
     if suffix in (*_READERS, ".txt"):
         raise FileNotFoundError(f"{name}: there is no such file.")
     return datasets.load_dataset(name, config_name, split=split)
+
+
+def _fetched(url: str) -> Path:
+    """A file from the web, kept in the cache folder."""
+    from torch.hub import download_url_to_file
+
+    folder = default_cache_dir() / "data"
+    path = folder / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{url.rsplit('/', 1)[-1]}"
+    if path.is_file():
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        download_url_to_file(url, str(path), progress=logging.is_progress_bar_enabled())
+    except OSError as error:
+        raise OSError(f"{url} cannot be fetched: {error}. Without a network give a file.") from error
+    return path

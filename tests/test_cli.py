@@ -271,6 +271,25 @@ def test_rows_that_trl_cannot_read_are_an_error(capsys, tmp_path):
     assert "Pick a --prompt_format" in error_of(capsys, "sft", *argv)
 
 
+@needs_data
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--model_name_or_path", "no/such-model"), "no/such-model"),
+        (("--dataset_name", "no/such-data"), "no/such-data"),
+        (("--dataset_name", "https://127.0.0.1:9/rows.json"), "https://127.0.0.1:9/rows.json"),
+        (("--prompt_format", "question_answer"), "needs the column question"),
+        (("--eval_tasks", "gsm9k"), "There is no task 'gsm9k'"),
+        (("--smoke_shape", "x", "--model_name_or_path", str(MODEL), "--long_rows", "keep"), "long_rows"),
+    ],
+    ids=["model", "data", "address", "column", "task", "rows"],
+)
+def test_what_cannot_be_had_is_one_line(capsys, tmp_path, offline, flags, message):
+    """No network, a missing column, a wrong task."""
+    pytest.importorskip("trl")
+    assert message in error_of(capsys, *smoke(tmp_path), *flags)
+
+
 def test_doctor_passes_here(capsys):
     pytest.importorskip("peft")
     pytest.importorskip("sparselora_hf.attach")

@@ -435,18 +435,15 @@ def test_an_adapter_of_another_model(world, tmp_path, capsys, tokenizer, options
 
 
 def test_no_network(world, tmp_path, capsys, monkeypatch):
-    import datasets
-
-    def offline(*args, **kwargs):
+    def unreachable(*args, **kwargs):
         raise ConnectionError("host unreachable,\ntwo lines of it")
 
-    monkeypatch.setattr(datasets, "load_dataset", offline)
+    monkeypatch.setattr("torch.hub.download_url_to_file", unreachable)
     argv = ["eval", str(world / "adapter"), "--task", "gsm8k", "--output", str(tmp_path)]
-    assert "cannot be reached (ConnectionError). Without a network give" in error_of(capsys, lambda: main(argv))
+    assert "gsm8k/test.json, cannot be reached (OSError). Without a network" in error_of(capsys, lambda: main(argv))
 
 
-def test_no_network_for_the_model(world, capsys, monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_no_network_for_the_model(world, capsys, offline, tmp_path):
     line = error_of(
         capsys, lambda: run(world, "--task", "gsm8k", "--model", "no/such-model", "--output", str(tmp_path))
     )

@@ -1,6 +1,9 @@
 import json
 import os
 import tempfile
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -165,6 +168,20 @@ def test_short_text_is_an_error(tmp_path):
     (tmp_path / "a.txt").write_text("word")
     with pytest.raises(ValueError, match="shorter than one window"):
         load_examples(str(tmp_path / "a.txt"), "train", "text_split")
+
+
+def test_a_file_from_the_web_is_fetched_once(math_file):
+    handler = partial(SimpleHTTPRequestHandler, directory=str(math_file.parent))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/math.json"
+        assert len(load_examples(url, "train", "alpaca")) == 2
+        with pytest.raises(OSError, match=r"none\.json cannot be fetched: HTTP Error 404"):
+            load_examples(url.replace("math", "none"))
+        server.shutdown()
+    assert len(load_examples(url, "train", "alpaca")) == 2
+    with pytest.raises(OSError, match="cannot be fetched"):
+        load_examples(url.replace("math", "other"))
 
 
 def test_load_errors(tmp_path):

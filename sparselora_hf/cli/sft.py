@@ -69,7 +69,13 @@ def trainer_keywords(recipe: Recipe) -> dict[str, Any]:
 
     model, training = recipe.model, recipe.training
     source = {"revision": model.model_revision, "trust_remote_code": training.trust_remote_code}
-    tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path, **source)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model.model_name_or_path, **source)
+    except OSError as error:
+        raise OSError(
+            f"The model {model.model_name_or_path} cannot be loaded: no such folder, or no network or permission to "
+            "fetch it. Name a folder: --model_name_or_path PATH."
+        ) from error
     init = {**source, "attn_implementation": model.attn_implementation, "dtype": model.dtype}
     training.model_init_kwargs = {**init, **(training.model_init_kwargs or {})}
     evaluated = training.eval_strategy != "no"
@@ -123,8 +129,14 @@ def _note_data(recipe: Recipe) -> None:
 
 
 def evaluate(recipe: Recipe) -> dict[str, float]:
-    """Run the recipe's tasks, if it has any, on the adapter that was saved; their scores in per cent."""
+    """Run the recipe's tasks, if it has any, on the adapter that was saved; their scores in per cent.
+
+    What can be of a trained model is let go of first: there may be no room for two.
+    """
+    import gc
     import json
+
+    import torch
 
     from .eval import RESULTS
     from .eval import main as evaluate_adapter
@@ -133,6 +145,9 @@ def evaluate(recipe: Recipe) -> dict[str, float]:
     _note_data(recipe)
     if not data.eval_tasks:
         return {}
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     flags = [str(folder), "--task", *data.eval_tasks]
     flags += ["--batch-size", str(recipe.training.per_device_eval_batch_size)]
     flags += ["--data", data.eval_data] if data.eval_data else []
@@ -143,9 +158,18 @@ def evaluate(recipe: Recipe) -> dict[str, float]:
     return {task: result["score"] for task, result in results.items() if "score" in result}
 
 
+def _check_tasks(recipe: Recipe) -> None:
+    """Say before the training what would go wrong after it."""
+    from ..evaluation.harness import PREFIX
+    from ..evaluation.tasks import find_tasks
+
+    find_tasks([name for name in recipe.data.eval_tasks if not name.startswith(PREFIX)])
+
+
 def prepare(argv: Sequence[str]) -> Recipe:
     """Read recipe and flags; with `--smoke`, make the model and data it then runs on."""
     recipe = parse(argv)
+    _check_tasks(recipe)
     if recipe.data.smoke:
         from .smoke import furnish
 
@@ -153,15 +177,10 @@ def prepare(argv: Sequence[str]) -> Recipe:
     return recipe
 
 
-def main(argv: Sequence[str]) -> int:
-    """Train, save the adapter and say so in one line; evaluate it where the recipe says how.
-
-    Raises:
-        FileNotFoundError, ImportError, ValueError: the recipe, the data or the environment is not fit for a run.
-    """
+def _train(recipe: Recipe) -> bool:
+    """Train, save and report; returns whether this is the process that reports."""
     from rich.console import Console
 
-    recipe = prepare(argv)
     trainer = make_trainer(recipe, trainer_keywords(recipe))
     start = time.perf_counter()
     result = trainer.train(resume_from_checkpoint=recipe.training.resume_from_checkpoint)
@@ -177,6 +196,16 @@ def main(argv: Sequence[str]) -> int:
             f"saved to {recipe.training.output_dir}"
         )
     trainer.accelerator.end_training()
-    if is_main:
+    return is_main
+
+
+def main(argv: Sequence[str]) -> int:
+    """Train, save the adapter and say so in one line; evaluate it where the recipe says how.
+
+    Raises:
+        FileNotFoundError, ImportError, ValueError: the recipe, the data or the environment is not fit for a run.
+    """
+    recipe = prepare(argv)
+    if _train(recipe):
         evaluate(recipe)
     return 0

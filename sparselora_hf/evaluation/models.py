@@ -88,11 +88,11 @@ def _with_adapter(model: Any, base: str, adapter: str) -> Any:
         wrapped = PeftModel.from_pretrained(model, adapter)
         strangers = set(load_peft_weights(adapter, device="cpu")) ^ set(get_peft_model_state_dict(wrapped))
     except (RuntimeError, ValueError):  # other widths, or no module of that name
-        strangers = {"its weights"}
+        strangers = {"widths or names of modules differ"}
     if strangers:
         raise ValueError(
-            f"The adapter {adapter} was trained on {trained_on} and does not fit {base}: {min(strangers)} has no "
-            "counterpart. Name its own base model: --model NAME."
+            f"The adapter {adapter} was trained on {trained_on} and does not fit {base} ({min(strangers)}). "
+            "Name its own base model: --model NAME."
         )
     if Path(trained_on).name != Path(base).name:
         logger.warning(f"The adapter {adapter} was trained on {trained_on}; it is evaluated on {base}.")

@@ -214,8 +214,7 @@ def load_questions(task: Task, data: str | None, limit: int | None = None) -> li
     if not source:
         raise ValueError(f"{task.name} has no data of its own to fetch. Name a file of tasks: --data FILE.")
     try:
-        split = "test" if data is None and not source.endswith((".json", ".jsonl")) else "train"
-        rows = read_rows(source, split)
+        rows = read_rows(source, "train" if Path(source).suffix else "test")  # a file has one split, `train`
     except OSError as error:
         raise OSError(
             f"The data of {task.name}, {source}, cannot be reached ({type(error).__name__}). Without a network give a "
