@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sparselora_hf.cli import settings
+from sparselora_hf.cli import doctor, settings
 from sparselora_hf.cli.main import COMMANDS, main
 from sparselora_hf.config import SparseLoraConfig
 
@@ -327,3 +327,15 @@ def test_counts_are_positive(capsys, argv):
         main(argv)
     assert end.value.code == 2
     assert "must be a whole number of at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("major", "says"), [(7, "no bfloat16: set fp16"), (9, "bfloat16")])
+def test_doctor_tells_the_half_type(major, says):
+    assert f"card, 16 GiB, sm_{major}5, {says}" in doctor._describe("card", 16 * 2**30, major, 5)
+
+
+def test_doctor_names_versions_that_are_not_supported(monkeypatch):
+    monkeypatch.setattr(doctor, "SUPPORTED", {"peft": None})
+    monkeypatch.setattr(doctor, "check_versions", lambda package: (_ for _ in ()).throw(ImportError("Run: pip")))
+    assert doctor._version("peft").endswith(", not supported. Run: pip")
+    assert doctor._version("no-such-package") == "not installed"

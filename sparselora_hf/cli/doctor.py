@@ -5,11 +5,13 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..config import SparseLoraConfig
+from ..versions import SUPPORTED, check_versions
 
 __all__ = ["Parity", "main", "parity"]
 
@@ -115,9 +117,14 @@ def parity(device: str = "cpu") -> Parity:
 
 def _version(package: str) -> str:
     try:
-        return importlib.metadata.version(package)
+        version = importlib.metadata.version(package)
+        if package in SUPPORTED:
+            check_versions(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+    except ImportError as error:
+        return f"{version}, not supported. {error}"
+    return version
 
 
 def _devices() -> list[str]:
@@ -125,8 +132,13 @@ def _devices() -> list[str]:
 
     if not torch.cuda.is_available():
         return ["cpu"]
-    names = (torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count()))
-    return [f"{item.name}, {item.total_memory / 2**30:.0f} GiB, sm_{item.major}{item.minor}" for item in names]
+    devices = (torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count()))
+    return [_describe(item.name, item.total_memory, item.major, item.minor) for item in devices]
+
+
+def _describe(name: str, memory: int, major: int, minor: int) -> str:
+    half = "bfloat16" if major >= 8 else "no bfloat16: set fp16, and attn_implementation sdpa"
+    return f"{name}, {memory / 2**30:.0f} GiB, sm_{major}{minor}, {half}"
 
 
 def _nearest_existing(folder: Path) -> Path:
@@ -155,6 +167,7 @@ def main(argv: Sequence[str]) -> int:
     from rich.console import Console
 
     argparse.ArgumentParser(prog="sparselora doctor", description=__doc__.partition(": ")[2]).parse_args(argv)
+    warnings.simplefilter("ignore", FutureWarning)  # transformers on its own renamings: not the user's business here
     console = Console(soft_wrap=True, markup=False, highlight=False)
     for name, value in _report().items():
         console.print(f"{name:14} {value}")
