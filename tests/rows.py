@@ -76,12 +76,15 @@ ROWS: dict[str, dict[str, tuple[str, ...]]] = {
             for step in ("before sparsity", "after")
             for criterion in ("svd", "random", "sampled", "static", "svd_whitened", "low rank", "small sample")
         ),
+        "resumed from any step": tuple(
+            f"test_saving.py::test_any_step_can_be_resumed_from[{step}]" for step in range(1, 6)
+        ),
         "resumed by the callback alone": ("test_callback.py::test_statistics_go_on_after_resuming[3]",),
         "settings travel with the checkpoint": (
             "test_saving.py::test_configuration_comes_back_with_the_checkpoint[after]",
         ),
         "opens without this package": (
-            "test_saving.py::test_adapter_loads_where_the_package_is_unknown",
+            "test_saving.py::test_checkpoint_opens_where_the_package_is_unknown",
             "test_saving.py::test_sparse_checkpoint_can_be_resumed_by_sft",
         ),
     },
@@ -117,6 +120,7 @@ ROWS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "safety": {
         "no pickle, safe YAML, no remote code": ("test_safety.py::test_no_unsafe_call[sparselora_hf/handle.py]",),
+        "trust_remote_code off unless asked": ("test_safety.py::test_code_of_a_model_is_trusted_when_asked_alone",),
         "settings cannot run code": ("test_safety.py::test_settings_cannot_run_code",),
         "files hold no code": ("test_safety.py::test_saved_files_hold_no_code",),
         "file names from hub names": (

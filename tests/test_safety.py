@@ -13,6 +13,7 @@ from training import tokenizer, trained
 
 from sparselora_hf import SparseLoraConfig
 from sparselora_hf.cli.main import main
+from sparselora_hf.cli.sft import parse
 
 REPOSITORY_FILES = [*FILES, *sorted((Path(__file__).parents[1] / "recipes").rglob("*.py"))]
 
@@ -84,6 +85,12 @@ def test_settings_cannot_run_code(tmp_path):
     with pytest.raises(Exception, match="could not determine a constructor"):
         SparseLoraConfig.from_yaml(file)
     assert not (tmp_path / "made").exists()
+
+
+def test_code_of_a_model_is_trusted_when_asked_alone():
+    argv = ["--model_name_or_path", "org/name", "--dataset_name", "rows", "--output_dir", "out"]
+    assert parse(argv).training.trust_remote_code is False
+    assert parse([*argv, "--trust_remote_code"]).training.trust_remote_code is True
 
 
 # events of the interpreter that change the file system, and how many paths they name

@@ -42,7 +42,9 @@ def test_saved_adapter_is_that_of_plain_peft(tmp_path, targets):
 
 
 LOAD = """
-import sys, torch
+import sys
+sys.modules["sparselora_hf"] = None  # an import of it fails
+import torch
 from transformers import AutoModelForCausalLM
 from peft import PeftModel
 base, adapter, out = sys.argv[1:]
@@ -52,15 +54,20 @@ with torch.no_grad():
     logits = model(input_ids=ids).logits
     merged = model.merge_and_unload()(input_ids=ids).logits
 torch.save((logits, merged), out)
-assert not any(name.startswith("sparselora") for name in sys.modules)
+import trl
+from transformers import TrainerState
+args = torch.load(f"{adapter}/training_args.bin", weights_only=False)
+assert type(args) is trl.SFTConfig and args.max_steps == 6
+assert TrainerState.load_from_json(f"{adapter}/trainer_state.json").global_step == 6
 """
 
 
-def test_adapter_loads_where_the_package_is_unknown(tmp_path):
+def test_checkpoint_opens_where_the_package_is_unknown(tmp_path):
     tiny_model().save_pretrained(tmp_path / "base")
-    trainer = trained(tmp_path / "run", SPARSE, model=lora_model(targets=ATTENTION + MLP))
-    trainer.save_model(tmp_path / "adapter")
-    run_python(LOAD, str(tmp_path / "base"), str(tmp_path / "adapter"), str(tmp_path / "logits.pt"))
+    settings = {"model": lora_model(targets=ATTENTION + MLP), "save_strategy": "steps", "save_steps": 6}
+    trainer = trained(tmp_path / "run", SPARSE, **settings)
+    checkpoint = tmp_path / "run" / "checkpoint-6"
+    run_python(LOAD, str(tmp_path / "base"), str(checkpoint), str(tmp_path / "logits.pt"))
     logits, merged = torch.load(tmp_path / "logits.pt")
     with torch.no_grad():
         want = trainer.model.eval()(input_ids=torch.arange(3, 23)[None]).logits
@@ -97,6 +104,16 @@ def test_resumed_run_gives_the_losses_of_the_uninterrupted_one(tmp_path, config,
     settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 6}
     whole = trained(tmp_path, config, **settings)
     resumed = trained(tmp_path, config, resume=str(tmp_path / f"checkpoint-{step}"), **settings)
+    assert resumed.losses == pytest.approx(whole.losses[step:], rel=1e-6)
+
+
+@pytest.mark.parametrize("step", range(1, 6))
+def test_any_step_can_be_resumed_from(tmp_path, step):
+    """Also the one before sparsity starts, whose checkpoint holds a sample that nothing was fitted to yet."""
+    config = SPARSE.replace(criterion="static", compensation="low_rank", compensation_rank=4, end_step=5)
+    settings = {"save_strategy": "steps", "save_steps": 1}
+    whole = trained(tmp_path, config, **settings)
+    resumed = trained(tmp_path, config, resume=str(tmp_path / f"checkpoint-{step}"))
     assert resumed.losses == pytest.approx(whole.losses[step:], rel=1e-6)
 
 
