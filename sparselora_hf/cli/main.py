@@ -34,11 +34,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def guarded(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
-    """Run a command; an error in what the user gave becomes one line and exit code 2."""
+    """Run a command; an error in what the user gave becomes one line and exit code 2, Ctrl-C one line and 130."""
     try:
         return command(argv)
     except KeyboardInterrupt:
-        sys.stderr.write(f"sparselora: {command} was interrupted. Nothing is half written: run the command again.\n")
+        sys.stderr.write("sparselora: interrupted. Nothing is half written: run the same command again.\n")
         return 130
     except (ImportError, OSError, ValueError) as error:
         if os.environ.get(TRACEBACK_VARIABLE) == "1":
