@@ -17,9 +17,9 @@ RECORD = ROOT / "recipes" / "bench" / "results" / "kernels-compiled.csv"
 
 
 def test_interpreted_kernels_equal_their_twins():
-    """Triton decides on its import whether it interprets: a process of its own runs `tests/kernels`."""
+    """Triton decides on its import whether it interprets: a process of its own runs `tests/kernel_parity`."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernel_parity"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     assert "100%" in done.stdout

@@ -22,6 +22,8 @@ from sparselora_hf.shapes import MODEL_SHAPES
 PROTOCOLS = {"math": (512, 128), "csr": (512, 3), "code": (1024, 512), "wizard": (2048, 512)}
 QUANTIZATIONS = ("none", "nf4", "int8")
 VARIANTS = ("sft", "exact", "sparse", "sparse_no_exact")
+# with Liger's fused layer kernels, for a GPU; they patch a module of transformers, so these run apart from others
+LIGER = {"sft_liger": "sft", "sparse_liger": "sparse"}
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
@@ -124,10 +126,13 @@ class BenchSparse(InOrder, SparseLoraTrainer):
 
 
 def variant_config(variant: str, sparse: SparseLoraConfig) -> SparseLoraConfig:
-    """Configuration of one of ours; all start sparse at once, the dense warm-up steps are not what is timed."""
+    """Configuration of one of ours; all start sparse at once, the dense warm-up steps are not what is timed.
+
+    What learns from dense steps gets one, the first of a turn, which is not counted.
+    """
     if variant == "exact":
         return SparseLoraConfig(start_step=0, cache_dir=sparse.cache_dir)
-    return sparse.replace(start_step=0, exact=variant == "sparse")
+    return sparse.replace(start_step=int(sparse.needs_statistics), exact=variant == "sparse")
 
 
 def build_trainer(
@@ -144,6 +149,8 @@ def build_trainer(
     **settings,
 ) -> SFTTrainer:
     """A trainer for `steps` steps of the workload, the same but for the variant."""
+    if variant in LIGER:
+        variant, settings["use_liger_kernel"] = LIGER[variant], True
     on_cpu = model.device.type == "cpu"
     args = SFTConfig(
         tempfile.mkdtemp(),

@@ -25,6 +25,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 from setup import (
+    LIGER,
     PROTOCOLS,
     QUANTIZATIONS,
     TARGETS,
@@ -93,13 +94,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lora-rank", type=int, default=16)
     parser.add_argument("--dora", action="store_true", help="DoRA in place of LoRA, in every variant")
     parser.add_argument("--checkpointing", action="store_true")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--variants", nargs="+", choices=[*VARIANTS, *LIGER], default=list(VARIANTS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3, help="counted steps of a turn")
     parser.add_argument("--no-memory", action="store_true", help="skip the memory runs")
     parser.add_argument("--csv", type=Path, default=None, help="append rows to this file")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
-    parser.add_argument("--memory-probe", choices=VARIANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--memory-probe", choices=[*VARIANTS, *LIGER], help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.protocol:
         args.sequence, args.output = PROTOCOLS[args.protocol]
@@ -191,7 +192,7 @@ def cost_of(args: argparse.Namespace, variant: str, shape: ModelShape, handle: o
     lora = LoraShape(args.lora_rank, tuple(TARGETS))
     if handle is None:
         return step_cost(shape, batch, lora, **common)
-    config = variant_config(variant, sparse_settings(args))
+    config = variant_config(LIGER.get(variant, variant), sparse_settings(args))
     mlp_keep, attention_keep = keep_lists(config, shape)
     return step_cost(
         shape, batch, lora, mlp_keep=mlp_keep, attention_keep=attention_keep, exact=config.exact, **common
@@ -201,7 +202,9 @@ def cost_of(args: argparse.Namespace, variant: str, shape: ModelShape, handle: o
 def rows_of(args: argparse.Namespace, argv: list[str]) -> Iterator[dict]:
     """One row per variant, the baseline first."""
     timers, shape, trainers = measure(args)
-    costs = {v: cost_of(args, v, shape, None if v == "sft" else t.sparse_handle) for v, t in trainers.items()}
+    costs = {
+        v: cost_of(args, v, shape, None if LIGER.get(v, v) == "sft" else t.sparse_handle) for v, t in trainers.items()
+    }
     base = timers[args.variants[0]].steps
     for variant in args.variants:
         steps = timers[variant].steps

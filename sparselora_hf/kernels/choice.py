@@ -4,7 +4,7 @@
 * ``slices``: slices of weights and activations by Triton, products by cuBLAS.
 * ``triton``: products by Triton too, reading weights and token rows in place.
 
-Measured entries come from ``recipes/bench/kernels.py --write-table`` on a GPU: those that ship with the package
+Measured entries come from ``recipes/bench/kernel_times.py --write-table`` on a GPU: those that ship with the package
 (`measured.json`) and those of this machine, in the cache folder, which win. Where nothing was measured the table of
 reasons decides. Tuning is that command and nothing else: no training step ever stops to time kernels, and a run that
 is resumed goes the way it went before.
@@ -89,7 +89,7 @@ def _measured(shipped: Path, machine: Path, chip: str) -> dict[str, list]:
     return {**_read(shipped).get(chip, {}), **_read(machine).get(chip, {})}
 
 
-def choose(op: str, x: torch.Tensor, outer: int, keep: int, mode: str = "auto") -> Choice:
+def choose(op: str, x: torch.Tensor, outer: int, keep: int, mode: str | Choice = "auto") -> Choice:
     """The way of an operation.
 
     Args:
@@ -97,11 +97,13 @@ def choose(op: str, x: torch.Tensor, outer: int, keep: int, mode: str = "auto") 
         x: the tokens ``[T, ...]``: their count, type and device.
         outer: width that does not depend on what is kept.
         keep: kept channels.
-        mode: ``auto``, ``torch`` or ``triton``, as in `SparseLoraConfig.kernels`.
+        mode: ``auto``, ``torch`` or ``triton``, as in `SparseLoraConfig.kernels`; a choice is taken as it is.
 
     Returns:
         The choice; ``torch`` wherever Triton cannot run.
     """
+    if isinstance(mode, Choice):
+        return mode
     if mode == "torch" or not (x.is_cuda or interpreting()):
         return _TORCH
     return _choose(op, x.device, x.dtype, 1 << max(0, len(x) - 1).bit_length(), outer, keep, mode)

@@ -7,7 +7,7 @@ direction: `fork_rows` and `overlay_rows` fill them (`apart`). On a GPU nothing 
 import torch
 from torch.autograd.function import once_differentiable
 
-from ..kernels.choice import choose
+from ..kernels.choice import Choice, choose
 from ..kernels.tiles import tile_for
 from .linear import compute_dtype
 from .quant import FrozenWeight, read_columns, read_rows
@@ -81,7 +81,7 @@ def context_linear(
     *,
     over_outputs: bool,
     covered: int = 0,
-    kernels: str = "auto",
+    kernels: str | Choice = "auto",
 ) -> torch.Tensor:
     """A frozen linear on the rows ``rows`` of ``x`` with its kept channels.
 

@@ -2,13 +2,15 @@
 
 import torch
 
-from ..kernels.choice import choose
+from ..kernels.choice import Choice, choose
 from ..kernels.tiles import tile_for
 
 __all__ = ["channel_norms", "gated_norms"]
 
 
-def channel_norms(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, kernels: str = "auto") -> torch.Tensor:
+def channel_norms(
+    x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, kernels: str | Choice = "auto"
+) -> torch.Tensor:
     """L2 norm over tokens of every channel of ``x · downᵀ · upᵀ``, through the r × r Gram matrix alone.
 
     ``‖(Z Bᵀ)_c‖² = b_c · ZᵀZ · b_c``: exact, and no token × channel matrix is formed.
@@ -38,7 +40,7 @@ def gated_norms(
     up: tuple[torch.Tensor, torch.Tensor],
     biases: tuple[torch.Tensor | None, torch.Tensor | None],
     kind: str | None,
-    kernels: str = "auto",
+    kernels: str | Choice = "auto",
 ) -> torch.Tensor | None:
     """Norm over tokens of ``act(gate) ⊙ up`` of two low-rank products, by a kernel.
 

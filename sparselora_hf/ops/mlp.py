@@ -234,7 +234,7 @@ def kept_mlp(
     weights: MlpWeights,
     index: torch.Tensor,
     stand_in: StandIn | None = None,
-    kernels: str = "auto",
+    kernels: str | Choice = "auto",
 ) -> torch.Tensor:
     """MLP of frozen weights on kept channels.
 

@@ -1,6 +1,7 @@
 """Kernels against their PyTorch twins: on a GPU, or on a CPU in Triton's interpreter, in a process of its own.
 
-`tests/test_kernels.py` starts that process; `pytest tests/kernels` on a GPU machine runs the same cases on the device.
+`tests/test_kernels.py` starts that process; on a GPU machine `pytest tests/kernel_parity` runs the same cases on the
+device. (A folder named kernels would be taken for the package that transformers looks for.)
 """
 
 import os
