@@ -153,11 +153,20 @@ def _cache() -> str:
     return f"{folder} ({'writable' if writable else 'not writable: factors are computed in every run'})"
 
 
+def _kernels() -> str:
+    import torch
+
+    from ..kernels.runtime import blocker
+
+    obstacle = blocker(torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
+    return f"torch ({obstacle})" if obstacle else "triton"
+
+
 def _report() -> dict[str, str]:
     facts = {"python": platform.python_version(), **{package: _version(package) for package in _PACKAGES}}
     for index, device in enumerate(_devices()):
         facts[f"device {index}"] = device
-    facts["kernels"] = "triton" if importlib.util.find_spec("triton") and facts["device 0"] != "cpu" else "torch"
+    facts["kernels"] = _kernels()
     return {**facts, "cache": _cache()}
 
 

@@ -1,0 +1,119 @@
+"""The table that sends an operation to Triton, to slices with cuBLAS or to PyTorch. Devices are made up."""
+
+import json
+
+import pytest
+import torch
+
+from sparselora_hf.kernels import choice
+from sparselora_hf.kernels.choice import OPERATIONS, Choice, choose, shape_key, write_table
+from sparselora_hf.kernels.runtime import blocker, numerics
+from sparselora_hf.kernels.tiles import TILES, chip_of, tile_for
+
+
+class OnGpu:
+    """What `choose` reads of a tensor on a GPU."""
+
+    is_cuda = True
+
+    def __init__(self, dtype=torch.bfloat16, tokens=4096):
+        self.device, self.dtype, self.tokens = torch.device("cuda", 0), dtype, tokens
+
+    def __len__(self):
+        return self.tokens
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine with a GPU of some compute capability, and tables of its own."""
+
+    def make(capability):
+        monkeypatch.setattr("sparselora_hf.kernels.runtime._capability", lambda index: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        choice._choose.cache_clear()
+        choice._measured.cache_clear()
+
+    yield make
+    choice._choose.cache_clear()
+    choice._measured.cache_clear()
+
+
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_a_cpu_goes_the_pytorch_way(op):
+    assert not choose(op, torch.zeros(3, 4), 4, 2)
+    assert not choose(op, torch.zeros(3, 4), 4, 2, "triton")
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "ways"),
+    [
+        ((9, 0), torch.bfloat16, {"rows": "triton", "columns": "triton", "mlp": "slices", "estimator": "triton"}),
+        ((9, 0), torch.float32, {"rows": "torch", "columns": "torch", "mlp": "slices", "estimator": "torch"}),
+        ((8, 6), torch.float16, {"rows": "triton", "mlp": "slices"}),
+        ((7, 5), torch.float16, {"rows": "torch", "mlp": "slices", "nf4": "triton"}),
+        ((7, 5), torch.bfloat16, dict.fromkeys(OPERATIONS, "torch")),
+        ((7, 0), torch.float16, dict.fromkeys(OPERATIONS, "torch")),
+        ((9, 0), torch.float64, dict.fromkeys(OPERATIONS, "torch")),
+        ((13, 0), torch.bfloat16, {"rows": "triton"}),
+    ],
+    ids=str,
+)
+def test_reasons(gpu, capability, dtype, ways):
+    gpu(capability)
+    assert {op: choose(op, OnGpu(dtype), 4096, 1024).way for op in ways} == ways
+
+
+def test_the_configuration_overrules(gpu):
+    gpu((9, 0))
+    assert choose("rows", OnGpu(), 4096, 1024, "torch") == Choice("torch")
+    assert choose("mlp", OnGpu(), 4096, 1024, "triton") == Choice("triton")
+    assert choose("rows", OnGpu(), 4096, 1024, Choice("slices", 2)) == Choice("slices", 2)
+
+
+def test_what_was_measured_wins_for_its_shape(gpu):
+    gpu((9, 0))
+    key = shape_key("rows", torch.bfloat16, 3000, 4096, 1024)
+    assert key == "rows/bfloat16/4096x4096x1024"
+    path = write_table({"sm_90": {key: ["torch", 0]}, "sm_80": {key: ["triton", 1]}})
+    write_table({"sm_90": {"mlp/bfloat16/4096x4096x144": ["triton", 1]}})
+    assert len(json.loads(path.read_text())["sm_90"]) == 2
+    assert choose("rows", OnGpu(tokens=3000), 4096, 1024) == Choice("torch", 0, measured=True)
+    assert choose("mlp", OnGpu(tokens=4096), 4096, 144) == Choice("triton", 1, measured=True)
+    assert choose("rows", OnGpu(tokens=3000), 4096, 512) == Choice("triton")
+    gpu((8, 0))
+    assert choose("rows", OnGpu(tokens=3000), 4096, 1024) == Choice("triton", 1, measured=True)
+
+
+def test_a_damaged_table_costs_no_run(gpu, tmp_path):
+    gpu((9, 0))
+    choice.machine_table().parent.mkdir(parents=True, exist_ok=True)
+    choice.machine_table().write_text("{ half")
+    assert choose("rows", OnGpu(), 4096, 1024) == Choice("triton")
+
+
+def test_reasons_for_not_running(gpu, monkeypatch):
+    gpu((7, 5))
+    device = torch.device("cuda", 0)
+    assert blocker(device, torch.float16) == ""
+    assert "no bfloat16" in blocker(device, torch.bfloat16)
+    assert "float64" in blocker(device, torch.float64)
+    assert "on cpu" in blocker(torch.device("cpu"))
+    monkeypatch.setattr("sparselora_hf.kernels.runtime.has_triton", lambda: False)
+    assert blocker(device) == "Triton is not installed"
+
+
+def test_float32_keeps_its_mantissa_unless_torch_was_told_otherwise():
+    assert numerics(torch.float32)["PRECISION"] == "ieee"
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert numerics(torch.float32)["PRECISION"] == "tf32"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("op", TILES)
+def test_a_tile_for_everything(op):
+    assert tile_for(op, torch.zeros(1)) == TILES[op]["fma"][0]
+    assert tile_for(op, torch.zeros(1, dtype=torch.bfloat16), 99) == TILES[op]["large"][-1]
+    assert chip_of((9, 5)) is chip_of((9, 0))
+    assert chip_of((5, 0)) is chip_of((7, 5))
