@@ -12,6 +12,7 @@ from helpers import ROOT
 from sparselora_hf import SparseLoraConfig
 from sparselora_hf.cli.main import main
 from sparselora_hf.cli.recipe import parse, read_recipe
+from sparselora_hf.cli.sft import make_trainer, prepare, trainer_keywords
 from sparselora_hf.evaluation.tasks import find_tasks
 from sparselora_hf.presets import PRESETS
 from sparselora_hf.prompts import PROMPT_FORMATS
@@ -179,6 +180,23 @@ def test_smoke_wins_over_the_recipe_and_flags_over_smoke():
     assert (recipe.training.max_steps, recipe.data.max_examples, recipe.model.model_name_or_path) == (2, 16, None)
     assert recipe.training.output_dir == "runs/wizardlm-llama-3.1-8b-smoke"
     assert recipe.sparse.start_step == 2
+
+
+def test_conversations_without_a_label_are_counted(tmp_path, monkeypatch):
+    """TRL prepares conversations itself, and drops those that max_length leaves without a label without a word."""
+    said = []
+    monkeypatch.setattr("sparselora_hf.cli.sft.logger.warning", said.append)
+    rows = [
+        {"prompt": [{"role": "user", "content": "a" * n}], "completion": [{"role": "assistant", "content": "b"}]}
+        for n in (1, 2, 500)
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    flags = ["--config", str(ALL["arc_agi/llama-3.1-8b"]), "--smoke", "--dataset_name", str(path)]
+    recipe = prepare([*flags, "--output_dir", str(tmp_path / "out"), "--max_length", "60", "--dense"])
+    trainer = make_trainer(recipe, trainer_keywords(recipe))
+    assert len(trainer.train_dataset) == 2
+    assert said == ["1 of 3 rows have no label within max_length tokens and are dropped."]
 
 
 def test_smoke_of_rows_that_it_cannot_make(tmp_path, capsys):

@@ -10,9 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import logging
+
 from .recipe import DATA_FILE, DataArguments, Recipe, parse
 
 __all__ = ["DataArguments", "Recipe", "main", "make_trainer", "parse", "trainer_keywords"]
+
+logger = logging.get_logger(__name__)
 
 
 def _examples(recipe: Recipe, split: str) -> Any:
@@ -109,7 +113,15 @@ def make_trainer(recipe: Recipe, keywords: dict[str, Any]) -> Any:
         trainer = SparseLoraTrainer(**keywords, sparse_config=recipe.sparse)
     if recipe.training.fp16:
         _widen_adapters(trainer.model)
+    if not recipe.training.packing:
+        _count_dropped(len(keywords["train_dataset"]), len(trainer.train_dataset))
     return trainer
+
+
+def _count_dropped(before: int, after: int) -> None:
+    """Say how many rows TRL has left out: those of conversations, which it prepares itself."""
+    if after < before:
+        logger.warning(f"{before - after} of {before} rows have no label within max_length tokens and are dropped.")
 
 
 def _widen_adapters(model: Any) -> None:
