@@ -225,3 +225,19 @@ def test_trials_of_a_search_are_not_run_twice(bench, tiny, tmp_path):
     assert first == accuracy_schedule.trials(args)((0.5, 0.0, 0.0))
     assert [row["arm"] for row in rows_of(args.csv)] == ["static+r4 0.5/0/0"]
     assert 0 < first[1] < 1
+
+
+def test_losses_of_sparse_forwards(bench, tiny, tmp_path, monkeypatch):
+    import accuracy_forward
+
+    monkeypatch.setattr(accuracy_forward, "SUBJECTS", {"tiny": tiny})
+    table = tmp_path / "forward.csv"
+    arms = ["dense", "exact", "static+r8@0.9", "svd attention@0.75", "svd attention@0.75, reference mapping"]
+    argv = ["--subjects", "tiny", "--batches", "1", "--csv", str(table), "--work-dir", str(tmp_path)]
+    accuracy_forward.main([*argv, "--arms", *arms, "svd@0.9, output tokens too"])
+    losses = {row["arm"]: float(row["heldout_loss"]) for row in rows_of(table)}
+    assert list(losses) == arms
+    assert losses["exact"] == pytest.approx(losses["dense"], abs=2e-5)
+    assert len({round(loss, 4) for loss in losses.values()}) == 4
+    accuracy_forward.main([*argv, "--arms", *arms])
+    assert len(rows_of(table)) == len(arms)

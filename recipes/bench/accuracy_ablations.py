@@ -15,11 +15,12 @@ from sparselora_hf.channels import ChannelSelection, HeadLayout
 from sparselora_hf.collator import PLAN_KEY
 from sparselora_hf.criteria import Criterion, SvdCriterion
 from sparselora_hf.decoder import decoder_layers
+from sparselora_hf.handle import SparseLoraHandle
 from sparselora_hf.plan import TokenPlan
 from sparselora_hf.state import SparseState
 from sparselora_hf.views import AttentionView, MlpView
 
-__all__ = ["STUDY", "StudyTrainer"]
+__all__ = ["STUDY", "StudyTrainer", "apply"]
 
 
 class ReferenceLayout(HeadLayout):
@@ -156,6 +157,21 @@ STUDY = {
 }
 
 
+def apply(handle: SparseLoraHandle, name: str | None) -> Study:
+    """Take up a change of a sparse model by name; a change of the plan is for the caller to make."""
+    if name is None:
+        return Study()
+    study, state = STUDY[name], handle.state
+    if study.criterion is not None:
+        state.criterion = study.criterion(state.criterion.factors, state.calibration, state.config)
+        state.criterion.state = state
+    if study.sets is not None:
+        for layer in decoder_layers(handle.model, state.config, handle.family):
+            layout = AttentionView.of(layer.attention, handle.family).layout
+            layer.attention.register_forward_pre_hook(ChangeSets(state, layer.number, layout, study.sets))
+    return study
+
+
 class StudyTrainer(SparseLoraTrainer):
     """`SparseLoraTrainer` with one of the changes of `STUDY`, or none."""
 
@@ -163,19 +179,7 @@ class StudyTrainer(SparseLoraTrainer):
 
     def change(self, name: str | None) -> None:
         """Take up a change by name."""
-        if name is None:
-            return
-        self.study = STUDY[name]
-        state = self.sparse_handle.state
-        if self.study.criterion is not None:
-            state.criterion = self.study.criterion(state.criterion.factors, state.calibration, state.config)
-            state.criterion.state = state
-        if self.study.sets is not None:
-            family = self.sparse_handle.family
-            for layer in decoder_layers(self.model, state.config, family):
-                layout = AttentionView.of(layer.attention, family).layout
-                hook = ChangeSets(state, layer.number, layout, self.study.sets)
-                layer.attention.register_forward_pre_hook(hook)
+        self.study = apply(self.sparse_handle, name)
 
     def planned(self, plan: TokenPlan) -> TokenPlan:
         """The plan that a batch is trained under."""
