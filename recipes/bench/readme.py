@@ -14,6 +14,8 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
+from accuracy_table import estimator_rows, quality_rows
+
 from sparselora_hf.families import families_table
 from sparselora_hf.versions import SUPPORTED
 
@@ -141,6 +143,21 @@ def family_rows() -> str:
     return markdown(["can be sparse", "families"], ([sparse, "; ".join(names)] for sparse, names in rows))
 
 
+def quality_table(name: str, subject: str, steps: int) -> str:
+    """Held-out loss above dense LoRA's of the accuracy study's settings."""
+    rows = read(name)
+    if not rows:
+        return NOT_YET
+    header, body = quality_rows(rows, subject, steps)
+    return markdown(header, [line for line in body if line[0] != "untrained"]) + footnote(rows)
+
+
+def estimators_table() -> str:
+    """Energy of the best channel set that each estimator's set keeps."""
+    rows = [row for row in read("accuracy-estimators.csv") if row["checkpoint"] == "babyllama361"]
+    return markdown(*estimator_rows(rows, "mlp", ("0.9",))) + footnote(rows) if rows else NOT_YET
+
+
 def version_rows() -> str:
     """Versions of the libraries that are supported."""
     rows = ([name, bounds.lowest, bounds.newest, bounds.refused] for name, bounds in SUPPORTED.items())
@@ -148,8 +165,11 @@ def version_rows() -> str:
 
 
 TABLES = {
+    "estimators": estimators_table,
     "families": family_rows,
     "grid": grid_table,
+    "quality": lambda: quality_table("accuracy-cpu.csv", "babyllama361", 80),
+    "quality-qlora": lambda: quality_table("accuracy-qlora-cpu.csv", "babyllama361-stories-nf4", 200),
     "quickstart": quickstart_table,
     "step": lambda: step_table("step-cpu.csv"),
     "step-gpu": lambda: step_table("step-cuda.csv"),
