@@ -41,6 +41,7 @@ FLOORS = {
     "parts": 5,
     "selfcheck": 5,
     "callback": 6,
+    "integrations": 7,
     "checkpoints": 6,
     "collator": 6,
     "trainer": 7,
