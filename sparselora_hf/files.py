@@ -10,6 +10,7 @@ __all__ = ["write_atomically"]
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write to a temporary name in the same folder and move it into place; raises OSError where that fails."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:

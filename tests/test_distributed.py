@@ -18,17 +18,9 @@ from accelerate.commands import launch
 from helpers import ROOT
 
 TOLERANCE = 1e-5
-DDP = [
-    "exact",
-    "fixed sets",
-    *distributed_run.CRITERIA,
-    "all linears",
-    "uneven",
-    "uneven, all linears",
-    "checkpointing",
-    "saved",
-]
-FSDP2 = ["exact", "fixed sets", "svd", "all linears", "uneven", "saved"]
+CRITERIA = [name for name in distributed_run.CRITERIA if name != "svd"]
+SHARDED = ["exact", "fixed sets", "svd", "all linears", "uneven", "saved"]
+DDP = [*SHARDED, *CRITERIA, "uneven, all linears", "checkpointing"]
 
 
 def environment(config: str, tmp) -> dict[str, str]:
@@ -75,7 +67,7 @@ def ddp(tmp_path_factory):
 @pytest.fixture(scope="module")
 def fsdp2(tmp_path_factory):
     results = tmp_path_factory.mktemp("fsdp2")
-    finish(start("fsdp2", results, [*FSDP2, "resumed saved 1", "resumed saved 3"]), results / "fsdp2.log")
+    finish(start("fsdp2", results, [*SHARDED, "resumed saved 1", "resumed saved 3"]), results / "fsdp2.log")
     return results
 
 
@@ -84,7 +76,7 @@ def zero2(tmp_path_factory):
     if importlib.util.find_spec("deepspeed") is None:
         pytest.skip("deepspeed is not installed")
     results = tmp_path_factory.mktemp("zero2")
-    finish(start("zero2", results, [*FSDP2, "resumed saved 1", "resumed saved 3"]), results / "zero2.log")
+    finish(start("zero2", results, [*SHARDED, "resumed saved 1", "resumed saved 3"]), results / "zero2.log")
     return results
 
 
@@ -126,7 +118,7 @@ def mean(ranks: list[dict]) -> list[float]:
     return [sum(losses) / len(losses) for losses in zip(*(rank["losses"] for rank in ranks), strict=True)]
 
 
-ALL = [("ddp", case) for case in DDP] + [(engine, case) for engine in ("fsdp2", "zero2") for case in FSDP2]
+ALL = [("ddp", case) for case in DDP] + [(engine, case) for engine in ("fsdp2", "zero2") for case in SHARDED]
 
 
 @pytest.mark.parametrize(("engine", "case"), ALL, ids=[f"{engine}-{case}" for engine, case in ALL])
