@@ -10,6 +10,7 @@ _PARITY = "test_batching.py::test_sparsity_0_gives_the_run_of_sft[{}]"
 _LAYOUT = "test_trainer.py::test_layout_changes_neither_loss_nor_gradient[sparse-exact on-{}]"
 _MACHINERY = "test_machinery.py::test_exact_savings_change_no_run[{}]"
 _FAULTS = "test_faults.py::test_{}"
+_SEVERAL = "test_distributed.py::test_{}"
 
 
 def _batching(name: str, *more: str) -> tuple[str, ...]:
@@ -59,7 +60,7 @@ ROWS: dict[str, dict[str, tuple[str, ...]]] = {
         "NEFTune": (_MACHINERY.format("NEFTune"),),
         "Liger": ("test_machinery.py::test_liger_leaves_the_mlp_to_us",),
         "hub kernels": (
-            "test_machinery.py::test_a_forward_replaced_before_stays_dense",
+            "test_machinery.py::test_a_forward_replaced_before_serves_the_dense_rows",
             "test_machinery.py::test_a_forward_replaced_afterwards_is_refused",
         ),
         "several trainers in one process": ("test_machinery.py::test_two_trainers_in_one_process_do_not_meet",),
@@ -128,6 +129,34 @@ ROWS: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "output and cache folders alone": (
             "test_safety.py::test_a_run_writes_into_its_output_and_cache_folders_alone",
+        ),
+    },
+    "several devices": {
+        "DDP": (
+            _SEVERAL.format("losses_are_those_of_one_process_that_accumulates[ddp-svd]"),
+            _SEVERAL.format("losses_are_those_of_one_process_with_the_global_batch[fixed sets-ddp]"),
+        ),
+        "FSDP2": (_SEVERAL.format("losses_are_those_of_one_process_with_the_global_batch[fixed sets-fsdp2]"),),
+        "ZeRO-2": (_SEVERAL.format("losses_are_those_of_one_process_with_the_global_batch[fixed sets-zero2]"),),
+        "a rank without context or without labels": (
+            _SEVERAL.format("losses_are_those_of_one_process_that_accumulates[ddp-uneven]"),
+        ),
+        "killed and resumed": (_SEVERAL.format("a_run_that_was_stopped_or_killed_goes_on[ddp-killed-3]"),),
+        "one cache, two processes": (_SEVERAL.format("a_cache_that_both_processes_built_is_whole"),),
+        "device_map": ("test_placement.py::test_a_model_spread_by_device_map_is_sparse[qkvo]",),
+        "ZeRO-3 refused": ("test_placement.py::test_zero_3_is_refused_before_its_weights_are_split",),
+        "tensor parallelism refused": (
+            "test_placement.py::test_weights_that_are_not_whole_are_refused[split by tensor parallelism]",
+        ),
+    },
+    "other programs": {
+        "axolotl": ("test_integrations.py::test_axolotl_plugin_adds_the_callback_by_the_runs_settings",),
+        "LLaMA-Factory": ("test_integrations.py::test_llamafactory_recipe_hands_the_callback_over",),
+        "any callback": (
+            "test_callback.py::test_callback_with_a_configuration_sparsifies_the_model[given to the trainer]",
+        ),
+        "unsupported versions refused": (
+            "test_versions.py::test_another_version_is_refused_before_the_model_is_touched[transformers-4.57.6]",
         ),
     },
 }

@@ -29,7 +29,8 @@ def environment(config: str, tmp) -> dict[str, str]:
     args = parser.parse_args(
         ["--config_file", str(ROOT / "recipes/accelerate" / config), "--mixed_precision", "no", "x"]
     )
-    args, *_ = launch._validate_launch_command(args)
+    args, defaults, _ = launch._validate_launch_command(args)
+    args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
     env = launch.prepare_multi_gpu_env(args) if not args.use_deepspeed else launch.prepare_deepspeed_cmd_env(args)[1]
     own = {
         "ACCELERATE_USE_CPU": "true",
