@@ -33,7 +33,8 @@ class SparseLoraConfig:
     Args:
         mlp_sparsity: fraction of MLP channels dropped for context tokens: one number for all layers, or layer
             ranges (``{"3-30": 0.99}``), the other layers staying dense.
-        attention_sparsity: the same for the channels of the q, k, v and o projections.
+        attention_sparsity: the same for the channels of the q, k, v and o projections; of v and o alone where a model
+            normalises queries and keys.
         start_step: first sparse optimizer step; a float is a fraction of the run, an int counts steps. Steps
             before it are dense (the paper: 5 or 10 %).
         end_step: first step that is dense again, counted like `start_step`; 1.0 is the end of the run.

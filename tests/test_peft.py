@@ -15,6 +15,7 @@ from helpers import (
 )
 from peft import LoraConfig
 from test_families import compare, exactly, result
+from training import examples, trained
 from zoo import lora_targets, zoo_lora, zoo_model
 
 from sparselora_hf import sparsify
@@ -124,3 +125,12 @@ def test_layers_without_an_adapter_and_a_pattern(batch):
     model = add_lora(zoo_model("llama"), pattern).train()
     assert sum(p.requires_grad for p in model.parameters()) == 4
     compare(model, batch, SPARSE)
+
+
+def test_dora_trains(tmp_path):
+    """Sparse from the second step on, over and over the same four examples."""
+    model = zoo_lora("llama", "all", use_dora=True)
+    data, settings = examples(4), {"max_steps": 10, "learning_rate": 3e-2, "lr_scheduler_type": "constant"}
+    trainer = trained(tmp_path, SPARSE.replace(start_step=1), model=model, data=data, **settings)
+    assert trainer.losses[-1] < 0.7 * trainer.losses[0]
+    assert any(d.outcome == "sparse" for d in trainer.sparse_handle.decisions)
