@@ -112,7 +112,7 @@ def fsdp2() -> dict:
     return {"accelerator_config": {"use_configured_state": True}, "ddp_find_unused_parameters": None}
 
 
-ENGINES = {"ddp": dict, "fsdp2": fsdp2, "zero2": dict}
+ENGINES = {"ddp": dict, "fsdp2": fsdp2}
 
 
 def main(engine: str, results: Path, cases: list[str]) -> None:
