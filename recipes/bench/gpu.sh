@@ -5,6 +5,7 @@
 #   bash recipes/bench/gpu.sh                             # Llama-3-8B shapes: about 60 GB of device memory
 #   SPARSELORA_WHEELS=wheels bash recipes/bench/gpu.sh    # on a machine without a network, from a folder of wheels
 #   SPARSELORA_BENCH_SMOKE=1 bash recipes/bench/gpu.sh    # the same lines with tiny shapes, on a CPU
+#   SPARSELORA_BENCH_ONLY="math csr" bash recipes/bench/gpu.sh    # some steps by name
 #
 # The folder of wheels, where trl, datasets and the like are missing. All are pure Python; datasets needs pyarrow,
 # pandas, xxhash and fsspec besides, which are not, and which machines with PyTorch and transformers mostly have:
@@ -26,6 +27,7 @@ fi
 
 # run NAME SECONDS COMMAND...: within its limit and what is left of the budget, its last lines shown
 run() {
+  [[ -n "${SPARSELORA_BENCH_ONLY:-}" && " $SPARSELORA_BENCH_ONLY " != *" $1 "* ]] && return
   local name=$1 limit=$(($2 * patience)) left=$((budget - SECONDS)); shift 2
   [ "$left" -lt 10 ] && { echo "== $name: skipped, out of time"; return; }
   echo "== $name (at $SECONDS s, limit $((limit < left ? limit : left)) s)"
@@ -48,6 +50,7 @@ else
   all='{mlp_sparsity: 0.99, attention_sparsity: 0.75, criterion: static, compensation: low_rank, compensation_rank: 256, calibration_tokens: 512}'
 fi
 step() { # step NAME SECONDS PROTOCOL ARGUMENTS...
+  [[ -n "${SPARSELORA_BENCH_ONLY:-}" && " $SPARSELORA_BENCH_ONLY " != *" $1 "* ]] && return
   local name=$1 limit=$2 protocol=$3; shift 3
   mapfile -t shape < <(settings "$protocol")
   run "$name" "$limit" "$python" recipes/bench/step.py --device "$device" --csv "$out/step-$device.csv" --json \
@@ -69,9 +72,8 @@ step wizard 55 wizard $large ${batch/8/2} $turns
 # against SFTTrainer with fused layer kernels: each alone, since they change transformers for the whole process
 for variant in $liger; do step "math-$variant" 40 math $large $batch $turns --variants "$variant"; done
 # a stand-in in every layer, whatever quality it has; a small model; a small batch
-mapfile -t shape < <(settings csr)
 step csr-stand-in 75 csr $large $batch $turns --sparse "$all"
-step 1b 35 math $small ${batch/8/2} $turns --protocol wizard --sparse "${sparse:-{mlp_sparsity: {1-14: 0.99\}, attention_sparsity: {6-12: 0.75\}\}}"
+step 1b 35 wizard $small ${batch/8/2} $turns
 step batch-1 35 math $large --batch 1 $turns
 # peak memory, each variant in a process of its own; the SVD of every weight, cold and cached
 run memory-sft 40 "$python" recipes/bench/step.py --device "$device" $large $batch "${shape[@]}" --memory-probe sft
