@@ -227,3 +227,18 @@ def test_fingerprint_knows_sign_shape_and_layout():
     prints = {fingerprint(w) for w in (weight, negative, weight.view(4, 6), weight.t().contiguous(), weight.double())}
     assert len(prints) == 5
     assert fingerprint(weight) == fingerprint(weight.t().contiguous().t())
+
+
+def test_a_single_row_has_a_fingerprint_whatever_its_stride():
+    row = torch.arange(8.0)[:, None].t()
+    assert row.stride() == (1, 1)
+    assert fingerprint(row) == fingerprint(row.clone(memory_format=torch.contiguous_format).reshape(1, 8))
+    assert fingerprint(row) != fingerprint(row.flip(1))
+
+
+def test_rank_1_is_cached(tmp_path):
+    weight = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+    made, read = (SvdCache(str(tmp_path)).factors(weight, 1) for _ in range(2))
+    assert made.down.shape == (1, 8)
+    assert torch.equal(made.down, read.down)
+    assert torch.equal(made.up, read.up)
