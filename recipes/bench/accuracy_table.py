@@ -113,11 +113,12 @@ def quality_rows(
     Args:
         rows: of the CSV, as `read` gives them.
         subject: name in the column `subject`.
-        steps: optimizer steps of the trainings.
+        steps: optimizer steps of the trainings; 0 for forward passes alone, whose rows are batches.
         arms: names in the column `arm`; those that have not been run are left out.
     """
     by_arm = {gap.arm: gap for gap in gaps(rows) if (gap.subject, gap.steps) == (subject, steps)}
-    header = ["setting", "gap to dense LoRA", "in %", "exact match", "linear FLOPs", "of a sparse step", "seeds"]
+    header = ["setting", "gap to dense LoRA", "in %", "exact match", "linear FLOPs", "of a sparse step"]
+    header.append("seeds" if steps else "batches")
     body = [_line(by_arm[arm]) for arm in (arms or by_arm) if arm in by_arm]
     shown = [place for place in range(len(header)) if any(line[place] for line in body)]
     return [header[place] for place in shown], [[line[place] for place in shown] for line in body]
@@ -196,7 +197,8 @@ def main(argv: list[str] | None = None) -> int:
         rows = read(args.csv)
         for subject, steps in dict.fromkeys((gap.subject, gap.steps) for gap in gaps(rows)):
             console.print(rich_table(f"{subject}, {steps} steps", *quality_rows(rows, subject, steps)))
-            draw(rows, subject, steps, args.output_dir / f"{args.csv.stem}-{subject}-{steps}.png")
+            if steps:
+                draw(rows, subject, steps, args.output_dir / f"{args.csv.stem}-{subject}-{steps}.png")
     if args.estimators.exists():
         for part in ("mlp", "qk", "vo"):
             header, body = estimator_rows(read(args.estimators), part)
