@@ -157,6 +157,13 @@ def test_gaps_are_paired_by_seed(tables, tmp_path):
     assert (tmp_path / "gaps.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_any_arm_can_be_the_one_compared_with(tables):
+    rows = [row(arm, seed, loss + seed) for arm, loss in (("dense", 1.0), ("a", 1.5), ("b", 1.75)) for seed in (0, 1)]
+    header, body = tables.quality_rows(rows, "s", 4, ["b"], baseline="a")
+    assert header[1] == "gap to a"
+    assert body[0][:2] == ["b", "+0.2500 ± 0.0000"]
+
+
 def test_a_single_seed_has_no_interval(tables):
     rows = [row("dense", 0, 1.0, exact_match="90.0"), row("sparse", 0, 1.01, exact_match="88.5", flops="")]
     (gap,) = tables.gaps(rows)

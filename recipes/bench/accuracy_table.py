@@ -66,16 +66,16 @@ def half_width(values: list[float]) -> float | None:
     return quantile * statistics.stdev(values) / len(values) ** 0.5
 
 
-def gaps(rows: list[dict[str, str]]) -> list[Gap]:
-    """Gaps of every arm that shares a seed with dense LoRA, by subject, the smallest first."""
+def gaps(rows: list[dict[str, str]], baseline: str = BASELINE) -> list[Gap]:
+    """Gaps of every arm that shares a seed with dense LoRA, or another arm, by subject, the smallest first."""
     runs: dict[tuple[str, int, str], dict[str, dict[str, str]]] = defaultdict(dict)
     for row in rows:
         runs[row["subject"], int(row["steps"]), row["arm"]][row["seed"]] = row
     found = []
     for (subject, steps, arm), own in runs.items():
-        dense = runs.get((subject, steps, BASELINE), {})
+        dense = runs.get((subject, steps, baseline), {})
         seeds = sorted(own.keys() & dense.keys())
-        if arm != BASELINE and seeds:
+        if arm != baseline and seeds:
             found.append(_gap(subject, steps, arm, [own[seed] for seed in seeds], [dense[seed] for seed in seeds]))
     return sorted(found, key=lambda gap: (gap.subject, gap.steps, gap.mean))
 
@@ -106,7 +106,7 @@ def _mean(rows: list[dict[str, str]], name: str) -> float | None:
 
 
 def quality_rows(
-    rows: list[dict[str, str]], subject: str, steps: int, arms: list[str] | None = None
+    rows: list[dict[str, str]], subject: str, steps: int, arms: list[str] | None = None, baseline: str = BASELINE
 ) -> tuple[list[str], list[list[str]]]:
     """Header and lines of the table of one subject; `arms` chooses and orders, left out all are given.
 
@@ -115,9 +115,11 @@ def quality_rows(
         subject: name in the column `subject`.
         steps: optimizer steps of the trainings; 0 for forward passes alone, whose rows are batches.
         arms: names in the column `arm`; those that have not been run are left out.
+        baseline: the arm that all are compared with.
     """
-    by_arm = {gap.arm: gap for gap in gaps(rows) if (gap.subject, gap.steps) == (subject, steps)}
-    header = ["setting", "gap to dense LoRA", "in %", "exact match", "linear FLOPs", "of a sparse step"]
+    by_arm = {gap.arm: gap for gap in gaps(rows, baseline) if (gap.subject, gap.steps) == (subject, steps)}
+    gap_to = "gap to dense LoRA" if baseline == BASELINE else f"gap to {baseline}"
+    header = ["setting", gap_to, "in %", "exact match", "linear FLOPs", "of a sparse step"]
     header.append("seeds" if steps else "batches")
     body = [_line(by_arm[arm]) for arm in (arms or by_arm) if arm in by_arm]
     shown = [place for place in range(len(header)) if any(line[place] for line in body)]
@@ -191,13 +193,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--csv", type=Path, default=RESULTS / "accuracy-cpu.csv")
     parser.add_argument("--estimators", type=Path, default=RESULTS / "accuracy-estimators.csv")
     parser.add_argument("--output-dir", type=Path, default=RESULTS, help="where pictures go")
+    parser.add_argument("--against", default=BASELINE, metavar="ARM", help="compare with another arm than dense LoRA")
     args = parser.parse_args(argv)
     console = Console()
     if args.csv.exists():
         rows = read(args.csv)
-        for subject, steps in dict.fromkeys((gap.subject, gap.steps) for gap in gaps(rows)):
-            console.print(rich_table(f"{subject}, {steps} steps", *quality_rows(rows, subject, steps)))
-            if steps:
+        for subject, steps in dict.fromkeys((gap.subject, gap.steps) for gap in gaps(rows, args.against)):
+            table = quality_rows(rows, subject, steps, baseline=args.against)
+            console.print(rich_table(f"{subject}, {steps} steps", *table))
+            if steps and args.against == BASELINE:
                 draw(rows, subject, steps, args.output_dir / f"{args.csv.stem}-{subject}-{steps}.png")
     if args.estimators.exists():
         for part in ("mlp", "qk", "vo"):
