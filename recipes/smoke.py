@@ -16,8 +16,8 @@ HERE = Path(__file__).parent
 
 
 def recipes() -> list[Path]:
-    """Every recipe that names an output folder, which those that others build on do not."""
-    return [path for path in sorted(HERE.glob("*/*.yaml")) if "output_dir:" in path.read_text(encoding="utf-8")]
+    """Every recipe that `sparselora sft` or a script of its folder runs: they build on others, and those do not."""
+    return [path for path in sorted(HERE.glob("*/*.yaml")) if path.read_text(encoding="utf-8").startswith("base:")]
 
 
 def run(recipe: Path, output: Path) -> int:
