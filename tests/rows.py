@@ -3,7 +3,11 @@
 `test_rows_table.py` holds that every test exists; the table is printed at the end of a whole test run.
 """
 
-__all__ = ["ROWS"]
+import pytest
+
+__all__ = ["COLLECTED", "ROWS"]
+
+COLLECTED = pytest.StashKey[set]()  # ids of the tests that a run has collected
 
 _BATCHING = "test_batching.py::test_exact_savings_leave_a_sparse_run_as_it_is[{}]"
 _PARITY = "test_batching.py::test_sparsity_0_gives_the_run_of_sft[{}]"

@@ -4,8 +4,7 @@ import ast
 from pathlib import Path
 
 import pytest
-from conftest import COLLECTED
-from rows import ROWS
+from rows import COLLECTED, ROWS
 
 HERE = Path(__file__).parent
 CASES = [(f"{part}: {row}", test) for part, rows in ROWS.items() for row, tests in rows.items() for test in tests]
