@@ -141,7 +141,11 @@ ROWS: dict[str, dict[str, tuple[str, ...]]] = {
             _SEVERAL.format("losses_are_those_of_one_process_with_the_global_batch[fixed sets-ddp]"),
         ),
         "FSDP2": (_SEVERAL.format("losses_are_those_of_one_process_with_the_global_batch[fixed sets-fsdp2]"),),
-        "ZeRO-2, settings alone": (_SEVERAL.format("configurations_are_accelerates[zero2.yaml]"),),
+        "ZeRO-2": (
+            "test_zero2.py::test_exact_savings_change_no_loss",
+            "test_zero2.py::test_dense_until_start_step_and_sparse_from_there",
+            _SEVERAL.format("configurations_are_accelerates[zero2.yaml]"),
+        ),
         "a rank without context or without labels": (
             _SEVERAL.format("losses_are_those_of_one_process_that_accumulates[ddp-uneven]"),
         ),
