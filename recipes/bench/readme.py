@@ -172,6 +172,7 @@ TABLES = {
     "quality-qlora": lambda: quality_table("accuracy-qlora-cpu.csv", "babyllama361-stories-nf4", 200),
     "quickstart": quickstart_table,
     "step": lambda: step_table("step-cpu.csv"),
+    "step-dora": lambda: step_table("step-dora-cpu.csv"),
     "step-gpu": lambda: step_table("step-cuda.csv"),
     "step-qlora": lambda: step_table("step-qlora-cpu.csv"),
     "versions": version_rows,
