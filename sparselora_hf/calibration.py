@@ -20,6 +20,7 @@ from .views import AttentionView, MlpView, Projection
 
 __all__ = ["Calibration"]
 
+_GATHERED = ("static", "output")  # criteria that score by norms of dense steps
 _FIELDS = [field.name for field in dataclasses.fields(StandIn)]
 
 
@@ -31,7 +32,8 @@ class Calibration:
 
     Attributes:
         fitted: whether the fit is done; nothing is gathered any more then.
-        scores: fixed channel scores by (layer, kind), for the criterion ``static``.
+        scores: channel scores by (layer, kind), for ``static`` and ``output``; root mean squares for the MLPs of the
+            latter, and under ``weight`` what a channel's miss counts.
         factors: whitened SVD factors by (layer, role), for ``svd_whitened``.
         stand_ins: stand-ins by layer.
     """
@@ -67,8 +69,8 @@ class Calibration:
         h = view.channels(x).float()
         if self.config.criterion == "svd_whitened":
             self._whiten(layer, view.inputs, x)
-        if self.config.criterion == "static":
-            self.scores[layer, "mlp"] = h.norm(dim=0)
+        if self.config.criterion in _GATHERED:
+            self._score_mlp(layer, h, h.new_ones(h.shape[1]))
         if self.config.compensation != "none":
             self.stand_ins[layer] = self._stand_in(layer, x.float(), h, read_whole(view.down.weight), keep)
 
@@ -86,12 +88,19 @@ class Calibration:
     def _stand_in(self, layer: int, x: torch.Tensor, h: torch.Tensor, down: torch.Tensor, keep: int) -> StandIn:
         rank = self.config.compensation_rank if self.config.compensation == "low_rank" else 0
         stand_in = fit_stand_in(x, h, down.float(), rank, self.config.seed)
+        if self.config.criterion in _GATHERED:
+            self._score_mlp(layer, h - stand_in.predict(x), down.float().norm(dim=0))
         if self.config.criterion == "static":
-            missed = h - stand_in.predict(x)
-            self.scores[layer, "mlp"] = missed.norm(dim=0) * down.float().norm(dim=0)
             index = top_channels(self.scores[layer, "mlp"], keep)
             stand_in = fit_fixed_set(x, h, down.float(), index, rank, self.config.seed)
         return stand_in.to(down.device, down.dtype)
+
+    def _score_mlp(self, layer: int, missed: torch.Tensor, weight: torch.Tensor) -> None:
+        """Scores from what each channel would be missed for, ``[n, N]``, and what a miss of it counts, ``[N]``."""
+        self.scores[layer, "mlp"] = missed.norm(dim=0) * weight
+        if self.config.criterion == "output":
+            self.scores[layer, "mlp"] /= len(missed) ** 0.5
+            self.scores[layer, "weight"] = weight
 
     @torch.no_grad()
     def fit_attention(self, layer: int, view: AttentionView) -> None:
@@ -99,7 +108,7 @@ class Calibration:
         x = self._sample(f"attention.{layer}")
         if self.config.criterion == "svd_whitened":
             self._whiten(layer, view.inputs, x)
-        if self.config.criterion == "static":
+        if self.config.criterion in _GATHERED:
             norms = {role: view.project(role, x).float().norm(dim=0) for role in ("q", "k", "v")}
             self.scores[layer, "vo"] = norms["v"]
             self.scores[layer, "qk"] = view.layout.pool_queries(norms["q"]) * norms["k"]

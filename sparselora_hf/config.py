@@ -19,7 +19,7 @@ EXACT_SAVINGS = ("frozen_below", "last_layer", "logits", "padding")
 
 _CHOICES = {
     "compensation": ("none", "mean", "low_rank"),
-    "criterion": ("svd", "svd_mean", "svd_whitened", "sampled", "static", "oracle", "random"),
+    "criterion": ("svd", "svd_mean", "svd_whitened", "sampled", "static", "output", "oracle", "random"),
     "kernels": ("auto", "torch", "triton"),
     "lora_branch": ("dense", "sliced"),
     "token_rule": ("label_or_predictor", "label"),
@@ -42,9 +42,10 @@ class SparseLoraConfig:
         criterion: how channels are scored: ``svd`` (the paper's text, all context tokens), ``svd_mean`` (the
             reference code: tokens averaged first), ``svd_whitened`` (SVD weighted by the inputs seen in dense
             steps), ``sampled`` (true activations of a few context tokens), ``static`` (norms gathered in dense
-            steps, one fixed set), ``oracle`` (true activations of all context tokens), ``random``.
+            steps, one fixed set), ``output`` (the same norms, moved by the MLP activations of the batch's output
+            tokens, which are computed anyway), ``oracle`` (true activations of all context tokens), ``random``.
         score_tokens: at most this many context tokens, evenly spaced, enter the scores; None takes all. For
-            ``sampled``, None means 64.
+            ``sampled``, None means 64, and for ``output`` 512 output tokens.
         compensation: stand-in for the dropped MLP channels: ``none`` (the paper), ``mean`` or ``low_rank``,
             fitted in closed form on activations of the dense warm-up steps.
         compensation_rank: rank of the ``low_rank`` stand-in.
@@ -113,7 +114,7 @@ class SparseLoraConfig:
     @property
     def needs_statistics(self) -> bool:
         """Whether dense steps must gather activations before sparsity can start."""
-        return self.criterion in ("static", "svd_whitened") or self.compensation != "none"
+        return self.criterion in ("static", "output", "svd_whitened") or self.compensation != "none"
 
     def layer_sparsity(self, num_layers: int) -> tuple[list[float], list[float]]:
         """MLP and attention sparsity per layer; raises ValueError where a layer does not exist."""

@@ -35,6 +35,7 @@ class Criterion:
     """
 
     needs_factors = False
+    reads_output = False
     default_tokens: int | None = None
 
     def __init__(
@@ -54,9 +55,13 @@ class Criterion:
         ``sequence`` ``[C]`` numbers the sequence of each context row, ascending; ``groups`` is how many different
         ones there are, counted where it is None, which waits for the device.
         """
-        if self.score_tokens is not None and len(rows) > self.score_tokens:
-            rows = rows[torch.linspace(0, len(rows) - 1, self.score_tokens, device=rows.device).long()]
-        return x.index_select(0, rows)
+        return x.index_select(0, self._few(rows))
+
+    def _few(self, rows: torch.Tensor) -> torch.Tensor:
+        """The rows, or `score_tokens` of them that lie evenly among them."""
+        if self.score_tokens is None or len(rows) <= self.score_tokens:
+            return rows
+        return rows[torch.linspace(0, len(rows) - 1, self.score_tokens, device=rows.device).long()]
 
     def mlp(self, layer: int, view: MlpView, x: torch.Tensor, step: int) -> torch.Tensor:
         """Scores of MLP channels, ``[N]``."""
@@ -175,6 +180,35 @@ class StaticCriterion(_Tokenless):
         return self.calibration.scores[layer, "qk"]
 
 
+class OutputCriterion(StaticCriterion):
+    """Scores of dense steps, moved by the MLP activations of the batch's output rows: sets that follow the data.
+
+    Output rows run through all channels anyway. Measured on the small checkpoints (`recipes/bench/estimators.py`) they
+    rank the channels of the context before them nearly as well as the context itself; where a batch has few of them,
+    or none, the dense steps have the say. Attention keeps fixed sets.
+    """
+
+    reads_output = True
+    default_tokens = 512
+    prior_tokens = 128  # what the dense steps weigh, in output rows; chosen on the checkpoints and texts named above
+
+    def mlp_of_output(self, layer: int, x: torch.Tensor, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Scores of MLP channels, ``[N]``.
+
+        Args:
+            layer: number of the layer.
+            x: input of its MLP, ``[T, H]``.
+            hidden: activations of the same tokens, ``[T, N]``.
+            rows: those of them that are output tokens, ``[A]``.
+        """
+        rows, stand_in = self._few(rows), self.calibration.stand_ins.get(layer)
+        seen = hidden.index_select(0, rows).float()
+        if stand_in is not None:
+            seen = seen - stand_in.predict(x.index_select(0, rows).to(stand_in.mean.dtype))
+        prior, weight = self.calibration.scores[layer, "mlp"], self.calibration.scores[layer, "weight"]
+        return (self.prior_tokens * prior.square() + (weight * seen.norm(dim=0)).square()).sqrt()
+
+
 class RandomCriterion(_Tokenless):
     """Random channels, afresh for each batch and layer: the floor every other criterion must beat."""
 
@@ -198,6 +232,7 @@ class RandomCriterion(_Tokenless):
 
 CRITERIA: dict[str, type[Criterion]] = {
     "oracle": OracleCriterion,
+    "output": OutputCriterion,
     "random": RandomCriterion,
     "sampled": SampledCriterion,
     "static": StaticCriterion,

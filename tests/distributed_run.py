@@ -24,7 +24,7 @@ from transformers.utils import logging
 from sparselora_hf import SparseLoraConfig, config, files, handle
 
 FIXED = SPARSE.replace(criterion="static", compensation="low_rank", compensation_rank=4)
-CRITERIA = ("oracle", "random", "sampled", "svd", "svd_mean", "svd_whitened")
+CRITERIA = ("oracle", "output", "random", "sampled", "svd", "svd_mean", "svd_whitened")
 
 
 def uneven() -> Dataset:

@@ -79,7 +79,16 @@ ROWS: dict[str, dict[str, tuple[str, ...]]] = {
         "resumed before and after sparsity starts": tuple(
             f"test_saving.py::test_resumed_run_gives_the_losses_of_the_uninterrupted_one[{step}-{criterion}]"
             for step in ("before sparsity", "after")
-            for criterion in ("svd", "random", "sampled", "static", "svd_whitened", "low rank", "small sample")
+            for criterion in (
+                "svd",
+                "random",
+                "sampled",
+                "static",
+                "output",
+                "svd_whitened",
+                "low rank",
+                "small sample",
+            )
         ),
         "resumed from any step": tuple(
             f"test_saving.py::test_any_step_can_be_resumed_from[{step}]" for step in range(1, 6)

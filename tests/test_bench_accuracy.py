@@ -189,19 +189,21 @@ def test_shares_of_energy(monkeypatch, tmp_path):
     ids = torch.randint(3, 61, (8, 16), generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(estimators, "DATA", tmp_path)
     monkeypatch.setattr(estimators, "CONTEXT", 12)
-    monkeypatch.setattr(estimators, "OUTPUT_ROWS", {"output rows": 4})
+    monkeypatch.setattr(estimators, "OUTPUT_ROWS", {"4 output rows": 4})
     monkeypatch.setattr(estimators, "chunks", lambda *arguments: ids)
-    settings = {name: {"criterion": name, "rank": 4} for name in ("oracle", "random", "static", "svd", "svd_whitened")}
+    names = ("oracle", "random", "static", "output", "svd", "svd_whitened")
+    settings = {name: {"criterion": name, "rank": 4} for name in names}
     monkeypatch.setattr(estimators, "ESTIMATORS", settings)
     rows = list(estimators.rows_of("tiny", "stories", [0.5, 0.9], batches=2, batch=4))
     assert len(rows) == 3 * 3 * 2 * (len(settings) + 2)
     shares = {
-        name: [r["share"] for r in rows if r["estimator"] == name]
-        for name in (*settings, "output rows", "best fixed set")
+        name: [r["share"] for r in rows if r["estimator"] == name and r["part"] == "mlp"]
+        for name in (*settings, "output, 4 output rows", "4 output rows alone", "best fixed set")
     }
-    assert min(shares["oracle"]) == 1.0
+    assert min(r["share"] for r in rows if r["estimator"] == "oracle") == 1.0
     assert max(shares["random"]) < 1.0
-    assert sum(shares["random"]) < sum(shares["output rows"]) < sum(shares["oracle"])
+    assert sum(shares["random"]) < sum(shares["4 output rows alone"]) < sum(shares["oracle"])
+    assert sum(shares["random"]) < sum(shares["output, 4 output rows"]) < sum(shares["oracle"])
     assert sum(shares["best fixed set"]) > sum(shares["static"]) > sum(shares["random"])
     header, body = accuracy_table.estimator_rows([{**r, "sparsity": str(r["sparsity"])} for r in rows], "mlp")
     assert header == ["estimator", "tiny, stories, 0.9"]

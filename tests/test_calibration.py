@@ -15,11 +15,14 @@ from helpers import (
 )
 
 from sparselora_hf import sparsify
+from sparselora_hf.channels import top_channels
 from sparselora_hf.svd import truncated_svd
 
 BASE = SPARSE.replace(mlp_sparsity=0.9, attention_sparsity=0.5, rank=6, compensation_rank=8)
 LEARNING = {
     "static": BASE.replace(criterion="static"),
+    "output": BASE.replace(criterion="output"),
+    "output with low rank": BASE.replace(criterion="output", compensation="low_rank"),
     "whitened": BASE.replace(criterion="svd_whitened"),
     "mean": BASE.replace(compensation="mean"),
     "low rank": BASE.replace(compensation="low_rank"),
@@ -180,8 +183,50 @@ def test_static_scores_are_norms_over_the_sample():
     assert len(sets[0]) == 9
 
 
+@pytest.mark.parametrize("compensation", ["none", "low_rank"])
+@pytest.mark.parametrize("lengths", [((20, 16), (6, 9)), ((20, 3), (6, 0))], ids=["padded", "one without output"])
+def test_output_scores_are_dense_steps_and_output_rows_together(compensation, lengths):
+    """Against norms over all true activations of both kinds, padding left out."""
+    model, batch = lora_model(), make_batch(*lengths, seed=7)
+    config = LEARNING["output"].replace(compensation=compensation, attention_sparsity=0.0)
+    with sparsify(model, config) as handle:
+        warm_up(model)
+        calibration, layer = handle.state.calibration, model.base_model.model.model.layers[0]
+        sample = calibration.reservoir.get("mlp.0").clone()
+        handle.set_enabled(True)
+        seen = []
+        hook = layer.mlp.register_forward_pre_hook(lambda m, args: seen.append(args[0].detach().reshape(-1, 64)))
+        loss_and_gradients(model, batch)
+        hook.remove()
+        plan, got = handle.state.batch.plan, handle.state.batch.selections[0, "mlp"].narrow
+        assert 0 < len(plan.output) < plan.shape[0] * plan.shape[1] - len(plan.context)
+        weight, stand_in = torch.ones(layer.mlp.up_proj.out_features), calibration.stand_ins.get(0)
+        if stand_in is not None:
+            weight = layer.mlp.down_proj.weight.detach().norm(dim=0)
+
+        def energy(x):
+            h = torch.nn.functional.silu(layer.mlp.gate_proj(x)) * layer.mlp.up_proj(x)
+            return (weight * (h if stand_in is None else h - stand_in.predict(x))).detach().square()
+
+        tokens = handle.state.criterion.prior_tokens
+        want = tokens * energy(sample).mean(0) + energy(seen[0][plan.output]).sum(0)
+    assert got.tolist() == top_channels(want.sqrt(), len(got)).tolist()
+
+
+def test_output_sets_follow_the_batch():
+    model, sets = lora_model(), []
+    with sparsify(model, LEARNING["output"]) as handle:
+        warm_up(model)
+        handle.set_enabled(True)
+        for seed in (50, 51):
+            loss_and_gradients(model, make_batch((16, 16), (30, 30), seed=seed))
+            sets.append({key: s.narrow.tolist() for key, s in handle.state.batch.selections.items()})
+    assert all(sets[0][key] == sets[1][key] for key in sets[0] if key[1] != "mlp")
+    assert any(sets[0][key] != sets[1][key] for key in sets[0] if key[1] == "mlp")
+
+
 @pytest.mark.parametrize("targets", [("gate_proj",), MLP], ids=["gate", "all three"])
-@pytest.mark.parametrize("criterion", ["svd", "static"])
+@pytest.mark.parametrize("criterion", ["svd", "static", "output"])
 def test_both_ways_through_the_mlp_agree(targets, criterion, batch):
     """With adapters of zero on the MLP the parts must give what the fused function gives."""
     losses = []

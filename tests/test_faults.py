@@ -166,7 +166,7 @@ def test_broken_hidden_states_in_a_sparse_step(value, criterion, batch):
         assert_same(loss_and_gradients(model, batch), want, 1e-7)
 
 
-@pytest.mark.parametrize("criterion", ["static", "svd_whitened"])
+@pytest.mark.parametrize("criterion", ["static", "output", "svd_whitened"])
 def test_broken_hidden_states_in_a_dense_step_teach_nothing(criterion, batch):
     model = lora_model()
     config = STATIC.replace(criterion=criterion)

@@ -24,7 +24,7 @@ WAITING = {
     "repeat_interleave",
     "bincount",
 }
-CRITERIA = ["svd", "svd_mean", "sampled", "static", "svd_whitened", "oracle", "random"]
+CRITERIA = ["svd", "svd_mean", "sampled", "static", "output", "svd_whitened", "oracle", "random"]
 
 
 class Waits(TorchDispatchMode):

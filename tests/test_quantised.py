@@ -117,7 +117,7 @@ def test_sets_are_those_of_the_dequantised_model(kind, criterion, batch):
     assert all(chosen != list(range(len(chosen))) for chosen in sets.values())
 
 
-@pytest.mark.parametrize("criterion", ["static", "svd_whitened"])
+@pytest.mark.parametrize("criterion", ["static", "output", "svd_whitened"])
 @pytest.mark.parametrize("kind", ["fp4", "int8"])
 def test_fits_are_those_of_the_dequantised_model(kind, criterion, batch):
     config = SPARSE.replace(criterion=criterion, compensation="low_rank", compensation_rank=4)

@@ -18,6 +18,7 @@ CRITERIA = {
     "random": SPARSE.replace(criterion="random"),
     "sampled": SPARSE.replace(criterion="sampled", score_tokens=8),
     "static": SPARSE.replace(criterion="static"),
+    "output": SPARSE.replace(criterion="output", compensation="low_rank", compensation_rank=4),
     "svd_whitened": SPARSE.replace(criterion="svd_whitened"),
     "low rank": SPARSE.replace(compensation="low_rank", compensation_rank=4),
     "small sample": SPARSE.replace(criterion="static", compensation="mean", calibration_tokens=16),

@@ -69,17 +69,6 @@ class HeldCriterion(SvdCriterion):
         return scores
 
 
-class OutputRowsCriterion(Criterion):
-    """True activations of the batch's output rows, which are computed anyway: a score per batch at no cost."""
-
-    state: SparseState
-
-    def sample(self, x: torch.Tensor, rows: torch.Tensor, *args) -> torch.Tensor:
-        """Output rows of ``x`` ``[T, H]``; context rows where a batch has none."""
-        output = self.state.batch.plan.output
-        return super().sample(x, output if len(output) else rows, *args)
-
-
 def _reference(layout: HeadLayout) -> ReferenceLayout:
     return ReferenceLayout(**dataclasses.asdict(layout))
 
@@ -147,7 +136,6 @@ class Study:
 
 STUDY = {
     "reference_mapping": Study(criterion=ReferenceCriterion, sets=_reference_sets),
-    "output_rows": Study(criterion=OutputRowsCriterion),
     "held_sets": Study(criterion=HeldCriterion),
     "rope_pairs": Study(criterion=PairedCriterion),
     "qk_alone": Study(sets=_whole("vo")),
@@ -164,7 +152,6 @@ def apply(handle: SparseLoraHandle, name: str | None) -> Study:
     study, state = STUDY[name], handle.state
     if study.criterion is not None:
         state.criterion = study.criterion(state.criterion.factors, state.calibration, state.config)
-        state.criterion.state = state
     if study.sets is not None:
         for layer in decoder_layers(handle.model, state.config, handle.family):
             layout = AttentionView.of(layer.attention, handle.family).layout

@@ -92,6 +92,9 @@ _MAIN = {
     "oracle@0.9": _criterion("oracle", "main"),
     "static+r32@0.97": _static("main", 32, mlp=0.97),
     "svd_whitened+r8@0.9": _criterion("svd_whitened", "main", stand_in=8),
+    "output+r8@0.9": _criterion("output", "main", stand_in=8),
+    "output+r32@0.9": _criterion("output", "main", stand_in=32),
+    "static+r32@0.9": _static("main", 32),
 }
 _SCALE = {"untrained": Arm("scale", mlp=0.0, trainer="none"), "exact": Arm("scale", mlp=0.0)}
 _MAPPING = {
@@ -108,10 +111,6 @@ _WARM_UP = {
 }
 _CRITERIA = {f"{name}@0.9": _criterion(name, "criteria") for name in CRITERIA}
 _CRITERIA |= {f"{name}+r8@0.9": _criterion(name, "criteria", stand_in=8) for name in CRITERIA}
-_CRITERIA |= {
-    "output rows@0.9": _criterion("oracle", "criteria", study="output_rows"),
-    "output rows+r8@0.9": _criterion("oracle", "criteria", stand_in=8, study="output_rows"),
-}
 _CURVE = {
     f"{name}@{sparsity}": Arm("curve", mlp=sparsity, **arm, settings={"criterion": criterion})
     for sparsity in (0.5, 0.75, 0.97, 0.99)

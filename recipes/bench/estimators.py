@@ -44,10 +44,11 @@ ESTIMATORS = MappingProxyType(
         "sampled, 64 tokens": {"criterion": "sampled"},
         "sampled, 256 tokens": {"criterion": "sampled", "score_tokens": 256},
         "static": {"criterion": "static"},
+        "output": {"criterion": "output"},
     }
 )
-# scored by true activations of so many tokens at the end of each row: output rows are dense anyway and cost nothing
-OUTPUT_ROWS = MappingProxyType({"output rows, last 64": 64, "output rows, last 8": 8})
+# so many tokens at the end of each row: their true activations are computed anyway
+OUTPUT_ROWS = MappingProxyType({"64 output rows": 64, "8 output rows": 8, "3 output rows": 3})
 HINDSIGHT = "best fixed set"  # of the very batches that judge it
 PARTS = ("mlp", "qk", "vo")
 LENGTH = 256
@@ -66,6 +67,11 @@ class Probe:
         rows = torch.arange(x.shape[0] * x.shape[1])
         sampled = criterion.sample(x.reshape(len(rows), -1), rows, rows // x.shape[1])
         return getattr(criterion, part)(layer, self.mlp if part == "mlp" else self.attention, sampled, step)
+
+    def output_scores(self, criterion: Criterion, layer: int, x: torch.Tensor) -> torch.Tensor:
+        """Scores of the MLP's channels from output rows ``[B, S, H]``."""
+        x = x.flatten(0, 1)
+        return criterion.mlp_of_output(layer, x, self.mlp.channels(x), torch.arange(len(x)))
 
 
 class Subject:
@@ -128,12 +134,15 @@ def scores_of(
     """Energy of the channels of one part in each batch ``[B, S, H]``, and the scores by estimator."""
     context = [x[:, :CONTEXT] for x in xs]
     energies = [probe.scores(oracle, part, layer, x, 0).square() for x in context]
-    scores = {
-        name: [probe.scores(criterion, part, layer, x, step) for step, x in enumerate(context)]
-        for name, criterion in criteria.items()
-    }
-    for name, tokens in OUTPUT_ROWS.items():
-        scores[name] = [probe.scores(oracle, part, layer, x[:, -tokens:], 0) for x in xs]
+    scores = {}
+    for name, criterion in criteria.items():
+        if criterion.reads_output and part == "mlp":
+            for rows, tokens in OUTPUT_ROWS.items():
+                scores[f"{name}, {rows}"] = [probe.output_scores(criterion, layer, x[:, -tokens:]) for x in xs]
+        else:
+            scores[name] = [probe.scores(criterion, part, layer, x, step) for step, x in enumerate(context)]
+    for rows, tokens in OUTPUT_ROWS.items():
+        scores[f"{rows} alone"] = [probe.scores(oracle, part, layer, x[:, -tokens:], 0) for x in xs]
     scores[HINDSIGHT] = [torch.stack(energies).sum(0)] * len(xs)
     return energies, scores
 

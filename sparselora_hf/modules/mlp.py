@@ -1,5 +1,8 @@
 """An MLP that computes all channels for output rows and the kept ones for context rows."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 
@@ -31,12 +34,39 @@ class SparseMlp(Patched):
             dense = self.dense_forward(flat.index_select(0, rows.dense), *args, **kwargs)
             return join_rows(dense, dense[:0], rows.dense, rows.sparse, len(flat)).view(x.shape)
         whole, few = fork_rows(flat, rows.dense)
-        sparse, dense = self._sparse(whole, rows), self.dense_forward(few, *args, **kwargs)
+        with self._learning(few, rows):
+            dense = self.dense_forward(few, *args, **kwargs)
+        sparse = self._sparse(whole, rows)
         # a 4-bit linear computes in a type of its own and answers in that of its input
         return overlay_rows(sparse.to(dense.dtype), dense, rows.dense).view(x.shape)
 
     def _branches_are_plain(self, family: ModelFamily) -> bool:
         return all(is_plain_lora(module) for module in MlpView.of(self, family).modules.values())
+
+    @contextlib.contextmanager
+    def _learning(self, x: torch.Tensor, rows: Rows) -> Iterator[None]:
+        """Choose the batch's channels by what its dense rows ``x`` show as they run, if the criterion does so."""
+        link = link_of(self)
+        batch, criterion = link.state.batch, link.state.criterion
+        if not criterion.reads_output or (link.layer, "mlp") in batch.selections:
+            yield
+            return
+        seen: list[torch.Tensor] = []
+        view = MlpView.of(self, link.family)
+        hook = view.modules["down"].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        try:
+            yield
+        finally:
+            hook.remove()
+        with torch.no_grad():
+            hidden = seen[0] if seen else view.channels(x)  # another library's forward may pass `down` by
+            output = torch.searchsorted(rows.dense, batch.plan.output.to(x.device))
+            self._choose(criterion.mlp_of_output(link.layer, x, hidden.reshape(len(x), -1), output))
+
+    def _choose(self, scores: torch.Tensor) -> None:
+        link = link_of(self)
+        index = top_channels(scores, link.keep)
+        link.state.batch.selections[link.layer, "mlp"] = ChannelSelection.of(index)
 
     def _sparse(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
         """All rows ``[T, H]`` on the channels that suit the context rows best."""
@@ -69,6 +99,5 @@ class SparseMlp(Patched):
         key = (link.layer, "mlp")
         if key not in batch.selections:  # recomputation meets the set of the first forward
             context = criterion.sample(x, rows.sparse, batch.plan.sequence, batch.plan.groups)
-            scores = criterion.mlp(link.layer, view, context, batch.step)
-            batch.selections[key] = ChannelSelection.of(top_channels(scores, link.keep))
+            self._choose(criterion.mlp(link.layer, view, context, batch.step))
         return batch.selections[key]
