@@ -13,6 +13,7 @@ import dataclasses
 import torch
 
 from .ops.mlp import StandIn
+from .ops.seeded import seeded
 
 __all__ = ["Regression", "fit_fixed_set", "fit_stand_in", "reduced_rank"]
 
@@ -59,8 +60,7 @@ def _solve(x: torch.Tensor, y: torch.Tensor, rank: int, ridge: float, seed: int)
     factor = torch.linalg.cholesky(gram)
     weights = torch.cholesky_solve(x.t() @ y / len(x), factor)  # [H, M]
     fitted = factor.t() @ weights  # same right singular vectors as the predictions
-    with torch.random.fork_rng([x.device] if x.is_cuda else []):
-        torch.manual_seed(seed)
+    with seeded(x.device, seed):
         _, _, v = torch.svd_lowrank(fitted, q=min(rank + 8, *fitted.shape), niter=4)
     v = v[:, :rank]
     return Regression(shift, mean, weights @ v, v.t().contiguous())

@@ -23,7 +23,8 @@ from .worth import Worth
 logger = logging.get_logger(__name__)
 
 _WORTH_LEAVING_OUT = 7 / 8  # moving rows costs about an eighth of a 256-wide product on a CPU, less of wider ones
-_SETS = {"q": "qk", "k": "qk", "v": "vo", "o": "vo", "qkv": "qkv"}  # the set that each projection keeps
+# the set that each module keeps
+_SETS = {"q": "qk", "k": "qk", "v": "vo", "o": "vo", "qkv": "qkv", "mlp": "mlp"}
 
 __all__ = ["ActiveBatch", "LayerLink", "Rows", "SparseState"]
 
@@ -208,7 +209,7 @@ class LayerLink:
             self.state.calibration.reservoir.put(key, x.index_select(0, rows.to(x.device)), slots)
 
     def channels(self) -> torch.Tensor:
-        """Kept output channels of this projection (input channels of o) for the batch in hand."""
+        """Kept output channels of this projection (of o its inputs, of an MLP its own) for the batch in hand."""
         selection = self.state.batch.selections[self.layer, _SETS[self.role]]
         return selection.wide if self.role in ("q", "o") else selection.narrow
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from .ops.estimator import channel_norms
 from .ops.quant import frozen_weight, read_whole
+from .ops.seeded import seeded
 
 __all__ = ["LowRank", "dense_weight", "truncated_svd"]
 
@@ -64,9 +65,7 @@ def truncated_svd(weight: torch.Tensor, rank: int, seed: int = 0) -> LowRank:
     weight = weight.float()
     if not torch.isfinite(weight.sum()):
         raise ValueError("the weight holds NaN or infinity; the checkpoint is damaged: load it again.")
-    devices = [weight.device] if weight.is_cuda else []
-    with torch.random.fork_rng(devices), torch.autocast(weight.device.type, enabled=False):
-        torch.manual_seed(seed)
+    with seeded(weight.device, seed), torch.autocast(weight.device.type, enabled=False):
         samples = min(rank + _OVERSAMPLING, *weight.shape)
         u, s, v = torch.svd_lowrank(weight, q=samples, niter=_POWER_ITERATIONS)
     root = s[:rank].sqrt()

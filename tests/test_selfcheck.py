@@ -8,9 +8,10 @@ import pytest
 import torch
 from helpers import SPARSE, add_lora, assert_same, assert_untouched, loss_and_gradients, snapshot
 from torch import nn
-from zoo import lora_targets, zoo_lora, zoo_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from zoo import CONFIGS, lora_targets, zoo_lora, zoo_model
 
-from sparselora_hf import FAMILIES, sparsify
+from sparselora_hf import FAMILIES, selfcheck, sparsify
 
 SPARSE = SPARSE.replace(mlp_sparsity=0.9, attention_sparsity=0.75, criterion="oracle")
 
@@ -43,9 +44,9 @@ def dropping(self, x):
 
 
 ODD = {
-    "gate behind up": (swapped, "with all channels kept is off by .*% from its dense self"),
-    "clamp": (clamped, "with all channels kept is off by"),
-    "unknown dropout": (dropping, "with all channels kept is off by"),
+    "gate behind up": (swapped, "is off by .*% from its dense self"),
+    "clamp": (clamped, "is off by"),
+    "unknown dropout": (dropping, "is off by"),
     "two results": (pair, "does not map rows of hidden states to rows"),
     "three dimensions": (batched, r"fails on rows of hidden states \(ValueError: not enough values"),
 }
@@ -108,3 +109,50 @@ def test_check_sees_adapters_that_matter(batch):
     with sparsify(model, SPARSE, progress=False) as handle:
         assert {d.outcome for d in handle.decisions} == {"sparse"}
     assert_same(loss_and_gradients(model, batch), loss_and_gradients(other, batch), 1e-7)
+
+
+@pytest.mark.parametrize("part", ["attention", "all"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_few_channels_of_any_family_are_those_of_its_dense_self(monkeypatch, name, part):
+    """With and without adapters on the MLP; all others stay out of the comparison."""
+    monkeypatch.setattr(selfcheck, "_CHANNELS", 5)
+    with sparsify(zoo_lora(name, part), SPARSE, progress=False) as handle:
+        assert not [d.reason for d in handle.decisions if "dense self" in d.reason or "fails" in d.reason]
+
+
+def few_are_normalised(self, x):
+    y = up_of(self, x)
+    return self.down_proj(y / y.norm(dim=-1, keepdim=True))
+
+
+@pytest.mark.parametrize("forward", [swapped, clamped, dropping, few_are_normalised])
+def test_few_channels_tell_an_odd_mlp(monkeypatch, forward):
+    monkeypatch.setattr(selfcheck, "_CHANNELS", 5)
+    model = zoo_lora("phi3", "attention")
+    mlp = model.get_base_model().model.layers[1].mlp
+    mlp.__class__ = type("Odd", (type(mlp),), {"forward": forward})
+    with sparsify(model, SPARSE, progress=False) as handle:
+        assert [d.name.split("layers.")[-1] for d in handle.decisions if d.outcome == "dense"] == ["1.mlp"]
+
+
+class Copies(TorchDispatchMode):
+    """Notes the largest gather."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.index_select.default:
+            self.largest = max(self.largest, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("part", ["attention", "all"])
+def test_no_weight_is_copied_whole(monkeypatch, part):
+    monkeypatch.setattr(selfcheck, "_CHANNELS", 4)
+    copies = Copies()
+    with copies, sparsify(zoo_lora("llama", part), SPARSE, progress=False):
+        pass
+    assert 0 < copies.largest <= 2 * 4 * 64  # a row of four channels' queries and one of their keys, hidden width
