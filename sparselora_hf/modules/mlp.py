@@ -34,9 +34,12 @@ class SparseMlp(Patched):
             dense = self.dense_forward(flat.index_select(0, rows.dense), *args, **kwargs)
             return join_rows(dense, dense[:0], rows.dense, rows.sparse, len(flat)).view(x.shape)
         whole, few = fork_rows(flat, rows.dense)
-        with self._learning(few, rows):
-            dense = self.dense_forward(few, *args, **kwargs)
-        sparse = self._sparse(whole, rows)
+        if link.state.criterion.reads_output:
+            with self._learning(few, rows):
+                dense = self.dense_forward(few, *args, **kwargs)
+            sparse = self._sparse(whole, rows)
+        else:  # recomputation under checkpointing ends inside the latter, before its last product
+            sparse, dense = self._sparse(whole, rows), self.dense_forward(few, *args, **kwargs)
         # a 4-bit linear computes in a type of its own and answers in that of its input
         return overlay_rows(sparse.to(dense.dtype), dense, rows.dense).view(x.shape)
 
@@ -45,10 +48,10 @@ class SparseMlp(Patched):
 
     @contextlib.contextmanager
     def _learning(self, x: torch.Tensor, rows: Rows) -> Iterator[None]:
-        """Choose the batch's channels by what its dense rows ``x`` show as they run, if the criterion does so."""
+        """Choose the batch's channels by what its dense rows ``x`` show as they run."""
         link = link_of(self)
         batch, criterion = link.state.batch, link.state.criterion
-        if not criterion.reads_output or (link.layer, "mlp") in batch.selections:
+        if (link.layer, "mlp") in batch.selections:
             yield
             return
         seen: list[torch.Tensor] = []
