@@ -32,6 +32,7 @@ from .modules.linear import SparseLinear
 from .modules.mlp import SparseMlp
 from .modules.norm import CompactHook
 from .modules.recall import RecallHooks
+from .modules.rms import LeanNorms
 from .parts import Part, attention_part, decide, mlp_part
 from .placement import check_weights
 from .selfcheck import difference
@@ -140,6 +141,7 @@ def attach(
         handle._hooks += ForwardHook(handle.state).register(*_entrances(model))
         handle._hooks += CompactHook(handle.state).register(part_of(language_decoder(model), family, "norm"))
         _detach_lowest(handle)
+        _lean_norms(handle, layers)
     except BaseException:
         handle.restore()
         raise
@@ -253,6 +255,14 @@ def _detach_lowest(handle: SparseLoraHandle) -> None:
         handle.state.withheld["frozen_below"] = f"{below} is trained and lies below the decoder layers"
     elif lowest is not None:
         handle._hooks += DetachHook(handle.state).register(lowest)
+
+
+def _lean_norms(handle: SparseLoraHandle, layers: list[Layer]) -> None:
+    """Norms of the layers with a lean backward pass."""
+    if "norms" in handle.config.exact:
+        kind = type(part_of(language_decoder(handle.model), handle.family, "norm"))
+        eps = causal_model(handle.model).config.get_text_config().to_dict().get("rms_norm_eps")
+        handle._hooks.append(LeanNorms([layer.module for layer in layers], kind, eps))
 
 
 def _trained_below(model: nn.Module, layers: nn.Module, norm: nn.Module) -> str:

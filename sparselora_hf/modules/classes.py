@@ -8,11 +8,10 @@ hide the sparse class's own; it is set aside and serves where all channels are c
 """
 
 import functools
+from typing import Any
 
 import torch
 from torch import nn
-
-from ..state import LayerLink
 
 __all__ = ["Patched", "link_of", "patch", "unpatch"]
 
@@ -25,6 +24,7 @@ class Patched:
 
     _dense_class: type
     _mixin: type
+    traced = False  # whether a compiler may look inside
 
     def dense_forward(self, *args, **kwargs):
         """What the module did before it was patched."""
@@ -44,13 +44,13 @@ def _blank(dense_class: type, mixin: type) -> nn.Module:
 @functools.cache
 def _sparse_class(dense_class: type, mixin: type) -> type:
     # a compiler would trace row numbers and channel sets, and trace them anew for every batch
-    forward = torch.compiler.disable(mixin.forward)
+    forward = mixin.forward if mixin.traced else torch.compiler.disable(mixin.forward)
     members = {"forward": forward, "_dense_class": dense_class, "_mixin": mixin, "__module__": dense_class.__module__}
     return type(f"Sparse{dense_class.__name__}", (mixin, dense_class), members)
 
 
-def patch(module: nn.Module, mixin: type, link: LayerLink) -> None:
-    """Give a module the sparse variant of its class."""
+def patch(module: nn.Module, mixin: type, link: object) -> None:
+    """Give a module the sparse variant of its class; `link` is what the mixin needs to know, mostly a `LayerLink`."""
     module.__class__ = _sparse_class(type(module), mixin)
     module.__dict__[_LINK] = link
     if "forward" in module.__dict__:
@@ -65,6 +65,6 @@ def unpatch(module: nn.Module) -> None:
         module.__dict__["forward"] = module.__dict__.pop(_FORWARD)
 
 
-def link_of(module: nn.Module) -> LayerLink:
+def link_of(module: nn.Module) -> Any:
     """The link that `patch` left on a module."""
     return module.__dict__[_LINK]
