@@ -1,9 +1,10 @@
-"""Time to make a model sparse: the SVD of every weight that is scored, cold and from the cache.
+"""Time to make a model sparse: SVD of every weight that is scored, then again with all of them in the cache.
 
     python recipes/bench/attach.py --model llama-3-8b --preset llama-3-8b-math
+    python recipes/bench/attach.py --layers 2        # where memory is short: layers from the middle of the schedule
 
-With `--layers` the model is cut and the time of the whole extrapolated by the number of sparse layers; `extrapolated`
-says so in the result.
+Weights are random and all different, the vocabulary is cut to 1024. Seconds are what the layers took that were built
+(`layers`, of `of` in the model), and nothing is extrapolated. The cached figure is the median of `--repeats`.
 """
 
 import argparse
@@ -18,46 +19,67 @@ from setup import TARGETS, build_model
 from step import RESULTS, append_csv, environment
 
 from sparselora_hf import SparseLoraConfig, sparsify
+from sparselora_hf.measure import StepTime, median_step
 
 
-def attach_seconds(model, config: SparseLoraConfig) -> float:
-    start = time.perf_counter()
-    with sparsify(model, config, progress=False):
+def attach_time(model, config: SparseLoraConfig) -> tuple[StepTime, int]:
+    """Seconds of one attachment by both clocks, and how many parts are sparse."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    with sparsify(model, config, progress=False) as handle:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        return time.perf_counter() - start
+        seconds = StepTime(time.perf_counter() - wall, time.process_time() - cpu)
+        return seconds, sum(decision.outcome == "sparse" for decision in handle.decisions)
 
 
-def main() -> int:
+def cut(config: SparseLoraConfig, layers: int, total: int) -> SparseLoraConfig:
+    """A schedule for the first so many layers whose attention is sparse as well as their MLP."""
+    mlp, attention = config.layer_sparsity(total)
+    picked = [number for number in range(total) if mlp[number] and attention[number]][:layers]
+    return config.replace(
+        mlp_sparsity={new: mlp[old] for new, old in enumerate(picked)},
+        attention_sparsity={new: attention[old] for new, old in enumerate(picked)},
+    )
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", default="llama-3-8b")
     parser.add_argument("--preset", default="llama-3-8b-math")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--layers", type=int, help="layers in the middle of the schedule that are built")
+    parser.add_argument("--layers", type=int, help="build so many layers, out of the middle of the schedule")
+    parser.add_argument("--hidden", type=int, help="another width, with the proportions of the shape")
+    parser.add_argument("--repeats", type=int, default=3, help="attachments from the cache")
     parser.add_argument("--csv", type=Path)
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
     config = SparseLoraConfig.from_preset(args.preset, dense_if_slower=False)
-    overrides, share = {"vocab_size": 1024}, 1.0
+    overrides = {"vocab_size": 1024}
+    total = build_model(args.model, "meta", torch.bfloat16, **overrides).config.num_hidden_layers
     if args.layers:
-        whole = build_model(args.model, "meta", torch.bfloat16, **overrides).config.num_hidden_layers
-        mlp, attention = config.layer_sparsity(whole)
-        sparse = [number for number in range(whole) if mlp[number] and attention[number]]
-        picked = sparse[: args.layers]
-        count = sum(map(bool, mlp)) * 2 + sum(map(bool, attention)) * 0.35  # cost of q, k and v over that of gate
-        share = count / (len(picked) * 2.35)
-        parts = {"mlp_sparsity": mlp[picked[0]], "attention_sparsity": attention[picked[0]]}
-        config, overrides = config.replace(**parts), {**overrides, "num_hidden_layers": len(picked)}
+        config, overrides = cut(config, args.layers, total), {**overrides, "num_hidden_layers": args.layers}
+    if args.hidden:
+        overrides |= {"hidden_size": args.hidden, "intermediate_size": args.hidden * 7 // 2}
     model = build_model(args.model, args.device, torch.bfloat16, **overrides)
     model = get_peft_model(model, LoraConfig(r=8, target_modules=TARGETS))
     with tempfile.TemporaryDirectory() as folder:
         config = config.replace(cache_dir=folder)
-        cold, cached = (attach_seconds(model, config) for _ in range(2))
+        cold, parts = attach_time(model, config)
+        cached = median_step([attach_time(model, config)[0] for _ in range(args.repeats)])
     row = {
         "model": args.model,
         "preset": args.preset,
-        "cold": round(cold * share, 2),
-        "cached": round(cached * share, 2),
-        "extrapolated": round(share, 2) if args.layers else "",
+        "dtype": "bfloat16",
+        "layers": args.layers or total,
+        "of": total,
+        "sparse_parts": parts,
+        "cold": round(cold.wall, 2),
+        "cold_cpu": round(cold.cpu, 2),
+        "cached": round(cached.wall, 2),
+        "cached_cpu": round(cached.cpu, 2),
         **environment(args.device),
     }
     Console().print(row)

@@ -7,9 +7,11 @@
 #   SPARSELORA_BENCH_SMOKE=1 bash recipes/bench/gpu.sh    # the same lines with tiny shapes, on a CPU
 #   SPARSELORA_BENCH_ONLY="math csr" bash recipes/bench/gpu.sh    # some steps by name
 #
-# The folder of wheels, where trl, datasets and the like are missing. All are pure Python; datasets needs pyarrow,
-# pandas, xxhash and fsspec besides, which are not, and which machines with PyTorch and transformers mostly have:
-#   pip download --no-deps -d wheels trl==1.16.0 datasets==5.2.0 dill==0.4.1 multiprocess==0.70.19 peft==0.21.2 liger-kernel==0.8.5
+# The folder of wheels, where trl, datasets and the like are missing, for the Python of that machine (multiprocess has a
+# wheel for each). datasets needs pyarrow, pandas, xxhash and fsspec besides, which machines with PyTorch and
+# transformers mostly have:
+#   pip download --no-deps --only-binary=:all: --python-version 3.12 -d wheels trl==1.16.0 datasets==5.2.0 dill==0.4.1 \
+#     multiprocess==0.70.19 peft==0.21.2 liger-kernel==0.8.5
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TRITON_DEFAULT_FP_FUSION=1
@@ -21,9 +23,12 @@ mkdir -p "$out"
 
 if [ -n "${SPARSELORA_WHEELS:-}" ]; then
   site=$(mktemp -d)
-  "$python" -m pip install -q --no-index --no-deps --no-compile --target "$site" "$SPARSELORA_WHEELS"/*.whl
+  "$python" -m pip install -q --no-index --no-deps --no-compile --target "$site" "$SPARSELORA_WHEELS"/*.whl || exit 1
   export PYTHONPATH="$PYTHONPATH:$site"
 fi
+# what is missing is said now, not by every step
+"$python" -c "import pytest, rich, trl, sparselora_hf.trainer" || exit 1
+parallel=$("$python" -c "import xdist; print('-n 8')" 2>/dev/null || true)  # kernels compile on the CPU
 
 # run NAME SECONDS COMMAND...: within its limit and what is left of the budget, its last lines shown
 run() {
@@ -37,8 +42,8 @@ run() {
 
 if [ -n "${SPARSELORA_BENCH_SMOKE:-}" ]; then
   device=cpu large="--model llama-3-8b --layers 2 --hidden 128" small="--model llama-3.2-1b --layers 2 --hidden 128"
-  batch="--batch 1" turns="--rounds 1 --steps 2" protocols="" liger="" parity="tests/kernel_parity/test_slices.py"
-  times="--tiny --dtype fp32" attach="--model llama-3-8b --layers 1"
+  batch="--batch 1" turns="--rounds 1 --steps 2" liger="" parallel="" parity="tests/kernel_parity/test_slices.py"
+  times="--tiny --dtype fp32" attach="--model llama-3-8b --layers 1 --hidden 128"
   sparse='{mlp_sparsity: 0.9, attention_sparsity: 0.5, dense_if_slower: false}'
   settings() { printf -- '--sequence\n32\n--output\n8\n--sparse\n%s\n' "$sparse"; }
   all='{mlp_sparsity: 0.9, criterion: static, compensation: low_rank, compensation_rank: 4, dense_if_slower: false}'
@@ -51,18 +56,18 @@ else
 fi
 step() { # step NAME SECONDS PROTOCOL ARGUMENTS...
   [[ -n "${SPARSELORA_BENCH_ONLY:-}" && " $SPARSELORA_BENCH_ONLY " != *" $1 "* ]] && return
-  local name=$1 limit=$2 protocol=$3; shift 3
+  local name=$1 limit=$2 protocol=$3 shape; shift 3
   mapfile -t shape < <(settings "$protocol")
   run "$name" "$limit" "$python" recipes/bench/step.py --device "$device" --csv "$out/step-$device.csv" --json \
     --variants sft sparse --no-memory "${shape[@]}" "$@"
 }
 
 # the kernels are right on this device, and what each way of an operation takes; the fastest ways are used from here on
-run parity 75 $interpret "$python" -m pytest -q -x -p no:cacheprovider $parity
+run parity 90 $interpret "$python" -m pytest -q --tb=short --maxfail=20 -p no:cacheprovider $parallel $parity
 run kernels 60 $interpret "$python" recipes/bench/kernel_times.py --device "$device" --csv "$out/kernels-$device.csv" $times
 # the four protocols against untouched SFTTrainer
-step math 60 math $large $batch $turns
-step csr 55 csr $large $batch $turns
+step math 100 math $large $batch $turns
+step csr 80 csr $large $batch $turns
 # where its time goes, and how often the sparse step launches and waits
 mapfile -t shape < <(settings math)
 run profile 50 "$python" recipes/bench/profile_step.py --device "$device" --csv "$out/profile-$device.csv" \
@@ -70,13 +75,17 @@ run profile 50 "$python" recipes/bench/profile_step.py --device "$device" --csv 
 step code 55 code $large ${batch/8/6} $turns
 step wizard 55 wizard $large ${batch/8/2} $turns
 # against SFTTrainer with fused layer kernels: each alone, since they change transformers for the whole process
-for variant in $liger; do step "math-$variant" 40 math $large $batch $turns --variants "$variant"; done
+for variant in $liger; do
+  step "math-$variant" 60 math $large $batch $turns --variants "$variant" --csv "$out/step-liger-$device.csv"
+done
 # a stand-in in every layer, whatever quality it has; a small model; a small batch
-step csr-stand-in 75 csr $large $batch $turns --sparse "$all"
+step csr-stand-in 75 csr $large $batch $turns --sparse "$all" --csv "$out/step-stand-in-$device.csv"
 step 1b 35 wizard $small ${batch/8/2} $turns
 step batch-1 35 math $large --batch 1 $turns
-# peak memory, each variant in a process of its own; the SVD of every weight, cold and cached
-run memory-sft 40 "$python" recipes/bench/step.py --device "$device" $large $batch "${shape[@]}" --memory-probe sft
-run memory-sparse 40 "$python" recipes/bench/step.py --device "$device" $large $batch "${shape[@]}" --memory-probe sparse
+# the SVD of every weight, cold and cached; peak memory, each variant in a process of its own
 run attach 60 "$python" recipes/bench/attach.py --device "$device" --csv "$out/attach-$device.csv" $attach
+for variant in sft sparse; do
+  run "memory-$variant" 40 "$python" recipes/bench/step.py --device "$device" $large $batch "${shape[@]}" \
+    --memory-probe "$variant" --memory-csv "$out/memory-$device.csv"
+done
 echo "== done in $SECONDS s; results in $out"

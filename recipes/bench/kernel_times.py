@@ -209,7 +209,7 @@ def fastest(rows: list[dict]) -> dict[str, list]:
     return {key: list(min(ways, key=ways.get)) for key, ways in totals.items()}
 
 
-def main() -> int:
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
@@ -218,11 +218,22 @@ def main() -> int:
     parser.add_argument("--write-table", action="store_true", help="keep the fastest ways for this machine's runs")
     parser.add_argument("--table", type=Path, help="write them to this file instead, the package's own say")
     parser.add_argument("--csv", type=Path)
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
     dtype = DTYPES[args.dtype]
     limits = ceilings(args.device, dtype)
     shapes = {"tiny": TINY} if args.tiny else {name: SHAPES[name] for name in args.shapes}
-    rows = [row for name, shape in shapes.items() for row in measure(name, shape, args.device, dtype, limits)]
+    rows, path = [], args.csv or RESULTS / f"kernels-{args.device}.csv"
+    for name, shape in shapes.items():
+        for row in measure(name, shape, args.device, dtype, limits):
+            append_csv(path, [row])  # as it comes: what was measured stays where time runs out
+            rows.append(row)
+        if args.write_table and args.device == "cuda":
+            chip = "sm_{}{}".format(*torch.cuda.get_device_capability())
+            Console().print(f"written to {write_table({chip: fastest(rows)}, args.table)}")
     table = Table(title=f"copy {limits[0] / 1e6:.0f} GB/s, product {limits[1] / 1e9:.1f} TFLOP/s")
     columns = ("shape", "operation", "direction", "way", "tile", "ms", "floor_ms", "reached")
     for column in columns:
@@ -230,10 +241,6 @@ def main() -> int:
     for row in rows:
         table.add_row(*(str(row[column]) for column in columns))
     Console().print(table)
-    if args.write_table and args.device == "cuda":
-        chip = "sm_{}{}".format(*torch.cuda.get_device_capability())
-        Console().print(f"written to {write_table({chip: fastest(rows)}, args.table)}")
-    append_csv(args.csv or RESULTS / f"kernels-{args.device}.csv", rows)
     return 0
 
 

@@ -65,7 +65,7 @@ def summarise(events: Iterable, on_gpu: bool) -> tuple[Counter, Counter, dict[st
         counts["copies between host and device"] += event.count if event.key == "cudaMemcpyAsync" else 0
         time = event.self_device_time_total if on_gpu else event.self_cpu_time_total
         kernel = event.device_type == torch.autograd.DeviceType.CUDA
-        if time and kernel == on_gpu:
+        if time and kernel == on_gpu and not event.is_user_annotation:  # a region's time is that of its kernels
             times[group_of(event.key)] += time / 1e3
             calls[group_of(event.key)] += event.count
     return times, calls, dict(counts)

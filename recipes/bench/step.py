@@ -42,6 +42,7 @@ from sparselora_hf.cost import BatchShape, LoraShape, ModelShape, StepCost, boun
 from sparselora_hf.measure import StepTimer, peak_memory, reset_peak_memory
 
 RESULTS = Path(__file__).parent / "results"
+SETTING = ("model", "sequence", "output", "batch", "fill", "checkpointing")
 SCHEDULES = {
     "tiny-229m": {"mlp_sparsity": {"1-10": 0.99}, "attention_sparsity": {"4-8": 0.75}, "score_tokens": 64},
     "llama-3.2-1b": {"mlp_sparsity": {"1-14": 0.99}, "attention_sparsity": {"6-12": 0.75}},
@@ -100,7 +101,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--no-memory", action="store_true", help="skip the memory runs")
     parser.add_argument("--csv", type=Path, default=None, help="append rows to this file")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
-    parser.add_argument("--memory-probe", choices=[*VARIANTS, *LIGER], help=argparse.SUPPRESS)
+    parser.add_argument("--memory-probe", choices=[*VARIANTS, *LIGER], help="print the peak bytes of one variant")
+    parser.add_argument("--memory-csv", type=Path, help="with --memory-probe: append them to this file, too")
     args = parser.parse_args(argv)
     if args.protocol:
         args.sequence, args.output = PROTOCOLS[args.protocol]
@@ -172,7 +174,12 @@ def probe(args: argparse.Namespace) -> None:
     reset_peak_memory()
     trainer.train()
     peak = peak_memory()
-    print(json.dumps(None if peak is None else peak - (0 if torch.cuda.is_available() else start)))
+    peak = None if peak is None else peak - (0 if torch.cuda.is_available() else start)
+    if args.memory_csv:
+        settings = {name: value for name, value in vars(args).items() if name in SETTING}
+        row = {"variant": args.memory_probe, **settings, "peak_memory": peak, **environment(args.device)}
+        append_csv(args.memory_csv, [row])
+    print(json.dumps(peak))
 
 
 def cost_of(args: argparse.Namespace, variant: str, shape: ModelShape, handle: object) -> StepCost:
@@ -252,11 +259,17 @@ def environment(device: str) -> dict[str, str]:
     import trl
 
     name = torch.cuda.get_device_name() if device == "cuda" else f"{_cpu_name()}, {torch.get_num_threads()} threads"
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent
-    )
     versions = {m.__name__: m.__version__ for m in (torch, transformers, peft, trl)}
-    return {"device": name, "python": platform.python_version(), **versions, "commit": commit.stdout.strip()}
+    return {"device": name, "python": platform.python_version(), **versions, "commit": _commit()}
+
+
+def _commit() -> str:
+    """Commit of the working tree; empty where there is no git or no repository."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, cwd=RESULTS.parent).stdout.strip()
+    except FileNotFoundError:
+        return ""
 
 
 def _cpu_name() -> str:

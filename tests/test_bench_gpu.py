@@ -1,0 +1,133 @@
+"""The GPU benchmark as far as it goes without one: its command lines, and what each script writes."""
+
+import csv
+import importlib
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+from helpers import ROOT
+
+from sparselora_hf import SparseLoraConfig
+
+BENCH = ROOT / "recipes" / "bench"
+SCRIPTS = ("setup", "step", "attach", "kernel_times", "profile_step")
+TINY = ["--device", "cpu", "--model", "llama-3-8b", "--layers", "1", "--hidden", "64"]
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    yield SimpleNamespace(**{name: importlib.import_module(name) for name in SCRIPTS})
+    for name in SCRIPTS:
+        sys.modules.pop(name)
+
+
+def rows_of(path):
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def gpu_sh(tmp_path):
+    """Runs `gpu.sh` with an interpreter that only notes its arguments; returns them by script."""
+
+    def run(**variables):
+        record, python = tmp_path / "record", tmp_path / "python"
+        python.write_text(f'#!/bin/sh\n(printf "%s\\037" "$@"; printf "\\036") >> {record}\n', encoding="utf-8")
+        python.chmod(0o755)
+        environment = {**os.environ, "SPARSELORA_PYTHON": str(python), "SPARSELORA_BENCH_OUT": str(tmp_path / "out")}
+        done = subprocess.run(
+            ["bash", str(BENCH / "gpu.sh")], env={**environment, **variables}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert "failed" not in done.stdout
+        assert done.stderr == ""
+        calls = [call.split("\037")[:-1] for call in record.read_text(encoding="utf-8").split("\036")[:-1]]
+        return [(call[0].rpartition("/")[2], call[1:]) for call in calls if call[0].endswith(".py")]
+
+    return run
+
+
+@pytest.mark.parametrize("smoke", [False, True], ids=["gpu", "smoke"])
+def test_every_line_of_the_gpu_run_is_understood(bench, gpu_sh, smoke):
+    """Each command parses; figures of different subjects go to different files."""
+    parsers = {"step.py": bench.step, "profile_step.py": bench.step}
+    parsers |= {"attach.py": bench.attach, "kernel_times.py": bench.kernel_times}
+    calls = [(script, parsers[script].parse(argv)) for script, argv in gpu_sh(SPARSELORA_BENCH_SMOKE="1" * smoke)]
+    steps = [args for script, args in calls if script == "step.py" and not args.memory_probe]
+    subjects = {}
+    for args in steps:
+        SparseLoraConfig.from_dict(bench.step.sparse_settings(args).to_dict())
+        subjects.setdefault((args.csv.name, args.model, args.sequence, args.output, args.batch), []).append(
+            args.variants
+        )
+    probes = {args.memory_probe: args for _, args in calls if "memory_probe" in args and args.memory_probe}
+    assert probes.keys() == {"sft", "sparse"}
+    assert {script for script, _ in calls} == parsers.keys()
+    if smoke:
+        return
+    assert all((args.sequence, args.output) == bench.setup.PROTOCOLS["math"] for args in probes.values())
+    assert all(args.device == "cuda" for _, args in calls)
+    once = [names for key, names in subjects.items() if key[0] == "step-cuda.csv"]
+    assert once == [[["sft", "sparse"]]] * 6
+    assert [names for key, names in subjects.items() if key[0] == "step-liger-cuda.csv"] == [
+        [["sft_liger"], ["sparse_liger"]]
+    ]
+
+
+def test_a_single_step_by_name(gpu_sh):
+    assert [(script, argv[argv.index("--protocol") + 1]) for script, argv in gpu_sh(SPARSELORA_BENCH_ONLY="csr")] == [
+        ("step.py", "csr")
+    ]
+
+
+def test_wheels_that_do_not_fit_end_the_run(tmp_path):
+    (tmp_path / "bad-1.0-py2-none-any.whl").write_bytes(b"")
+    environment = {**os.environ, "SPARSELORA_PYTHON": sys.executable, "SPARSELORA_WHEELS": str(tmp_path)}
+    environment["SPARSELORA_BENCH_OUT"] = str(tmp_path / "out")
+    done = subprocess.run(["bash", str(BENCH / "gpu.sh")], env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "not a supported wheel" in done.stderr
+    assert done.stdout == ""
+
+
+def test_attach_writes_what_it_measured(bench, tmp_path):
+    assert bench.attach.main([*TINY, "--repeats", "1", "--csv", str(tmp_path / "a.csv")]) == 0
+    [row] = rows_of(tmp_path / "a.csv")
+    assert (row["layers"], row["of"], row["sparse_parts"]) == ("1", "32", "2")
+    assert all(float(row[name]) > 0 for name in ("cold", "cold_cpu", "cached", "cached_cpu"))
+
+
+def test_layers_are_cut_from_the_middle_of_the_schedule(bench):
+    config = bench.attach.cut(SparseLoraConfig.from_preset("llama-3-8b-math"), 2, 32)
+    mlp, attention = config.layer_sparsity(2)
+    assert (mlp, attention) == ([0.99, 0.99], [0.75, 0.75])
+
+
+def test_peak_memory_is_a_row(bench, tmp_path, capsys):
+    argv = [*TINY, "--sequence", "16", "--output", "4", "--batch", "1", "--memory-probe", "sft"]
+    bench.step.main([*argv, "--memory-csv", str(tmp_path / "m.csv")])
+    [row] = rows_of(tmp_path / "m.csv")
+    assert (row["variant"], row["sequence"], row["batch"]) == ("sft", "16", "1")
+    assert row["peak_memory"] == capsys.readouterr().out.splitlines()[-1]
+
+
+def test_kernel_times_that_are_cut_short_are_kept(bench, tmp_path, monkeypatch):
+    times = iter([1.0] * 6)  # two ceilings, and two operations with a backward
+    monkeypatch.setattr(bench.kernel_times, "median_ms", lambda *_: next(times))
+    with pytest.raises(RuntimeError, match="StopIteration"):
+        bench.kernel_times.main(["--device", "cpu", "--tiny", "--dtype", "fp32", "--csv", str(tmp_path / "k.csv")])
+    assert [row["operation"] for row in rows_of(tmp_path / "k.csv")] == ["rows", "rows", "columns", "columns"]
+
+
+def test_a_machine_without_git_measures_all_the_same(bench, monkeypatch):
+    assert bench.step.environment("cpu")["commit"]
+
+    def missing(*_, **__):
+        raise FileNotFoundError("git")
+
+    monkeypatch.setattr(bench.step.subprocess, "run", missing)
+    assert bench.step.environment("cpu")["commit"] == ""
