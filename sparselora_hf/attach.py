@@ -153,7 +153,7 @@ def _plan(
     layer: Layer, config: SparseLoraConfig, family: ModelFamily, normalised: bool
 ) -> Iterator[tuple[Part | None, Decision]]:
     """What becomes of each part of a layer; experts are no part, but the report names them."""
-    attention = attention_part(layer, family, normalised)
+    attention = attention_part(layer, family, config, normalised)
     yield attention, decide(attention, config)
     if layer.mlp is not None:
         mlp = mlp_part(layer, family, config)

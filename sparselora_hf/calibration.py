@@ -4,7 +4,7 @@ Belongs to the run: it is saved with the checkpoint, restored on resume, and nev
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -12,11 +12,11 @@ from .channels import top_channels
 from .config import SparseLoraConfig
 from .distributed import agree
 from .ops.mlp import StandIn
-from .ops.quant import read_whole
+from .ops.quant import frozen_weight, read_whole
 from .reservoir import Reservoir
 from .standin import fit_fixed_set, fit_stand_in
 from .svd import LowRank, truncated_svd
-from .views import AttentionView, MlpView, Projection
+from .views import AttentionView, MlpView, Projection, base_linear
 
 __all__ = ["Calibration"]
 
@@ -35,7 +35,8 @@ class Calibration:
         scores: channel scores by (layer, kind), for ``static`` and ``output``; root mean squares for the MLPs of the
             latter, and under ``weight`` what a channel's miss counts.
         factors: whitened SVD factors by (layer, role), for ``svd_whitened``.
-        stand_ins: stand-ins by layer.
+        stand_ins: stand-ins of MLPs by layer.
+        factor_stand_ins: factors that stand in for the dropped channels of attention linears, by (layer, role).
     """
 
     def __init__(self, config: SparseLoraConfig) -> None:
@@ -43,13 +44,14 @@ class Calibration:
         self.scores: dict[tuple[int, str], torch.Tensor] = {}
         self.factors: dict[tuple[int, str], LowRank] = {}
         self.stand_ins: dict[int, StandIn] = {}
+        self.factor_stand_ins: dict[tuple[int, str], LowRank] = {}
         self.reset()
 
     def reset(self) -> None:
         """Forget sample and fit: a new run starts from its own dense steps."""
         self.reservoir = Reservoir(self.config.calibration_tokens, self.config.seed)
         self.fitted = False
-        for learned in (self.scores, self.factors, self.stand_ins):
+        for learned in (self.scores, self.factors, self.stand_ins, self.factor_stand_ins):
             learned.clear()
 
     @property
@@ -103,8 +105,14 @@ class Calibration:
             self.scores[layer, "weight"] = weight
 
     @torch.no_grad()
-    def fit_attention(self, layer: int, view: AttentionView) -> None:
-        """Fit what the configuration asks for of one attention module."""
+    def fit_attention(self, layer: int, view: AttentionView, roles: Iterable[str] = ()) -> None:
+        """Fit what the configuration asks for of one attention module.
+
+        Args:
+            layer: its layer.
+            view: the module.
+            roles: linears of it that drop channels.
+        """
         x = self._sample(f"attention.{layer}")
         if self.config.criterion == "svd_whitened":
             self._whiten(layer, view.inputs, x)
@@ -112,18 +120,23 @@ class Calibration:
             norms = {role: view.project(role, x).float().norm(dim=0) for role in ("q", "k", "v")}
             self.scores[layer, "vo"] = norms["v"]
             self.scores[layer, "qk"] = view.layout.pool_queries(norms["q"]) * norms["k"]
+        if self.config.compensation == "low_rank":
+            self._stand_in_by_factors(layer, view, roles)
+
+    def _stand_in_by_factors(self, layer: int, view: AttentionView, roles: Iterable[str]) -> None:
+        """Factors of whole linears: which of their channels are dropped, a batch decides."""
+        samples = {"o": f"o.{layer}"}
+        for role in roles:
+            root = _root_of_moment(self._sample(samples.get(role, f"attention.{layer}")))
+            weight = frozen_weight(base_linear(view.modules[role]))
+            rank = min(self.config.compensation_rank, *weight.shape)
+            self.factor_stand_ins[layer, role] = _whitened(read_whole(weight), root, rank, self.config.seed)
 
     def _whiten(self, layer: int, inputs: dict[str, Projection], x: torch.Tensor) -> None:
-        """SVD of ``W L`` with ``L Lᵀ`` the second moment of the inputs: the factors err least where inputs are."""
-        x = x.float()
-        moment = x.t() @ x / len(x)
-        moment.diagonal().add_(1e-3 * moment.diagonal().mean() + torch.finfo(x.dtype).tiny)
-        root = torch.linalg.cholesky(moment)
+        root = _root_of_moment(x)
         for role, projection in inputs.items():
             weight = read_whole(projection.weight)
-            factors = truncated_svd(weight.float() @ root, self.config.rank, self.config.seed)
-            down = torch.linalg.solve_triangular(root, factors.down, upper=False, left=False)
-            self.factors[layer, role] = LowRank(down, factors.up).to(weight.device, weight.dtype)
+            self.factors[layer, role] = _whitened(weight, root, self.config.rank, self.config.seed)
 
     def finish(self) -> int:
         """Close the fit: all ranks take rank 0's, the sample is dropped. Returns its number of tokens."""
@@ -150,6 +163,9 @@ class Calibration:
         for (layer, role), factors in self.factors.items():
             yield f"factors.{layer}.{role}.down", factors.down
             yield f"factors.{layer}.{role}.up", factors.up
+        for (layer, role), factors in self.factor_stand_ins.items():
+            yield f"factor_stand_ins.{layer}.{role}.down", factors.down
+            yield f"factor_stand_ins.{layer}.{role}.up", factors.up
         for layer, stand_in in self.stand_ins.items():
             for field in _FIELDS:
                 if getattr(stand_in, field) is not None:
@@ -162,15 +178,31 @@ class Calibration:
             self.reservoir.load(sample)
             return
         stand_ins: dict[int, dict[str, torch.Tensor]] = {}
-        factors: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
+        factors: dict[str, dict[tuple[int, str], dict[str, torch.Tensor]]] = {"factors": {}, "factor_stand_ins": {}}
         for name, tensor in tensors.items():
             kind, layer, *rest = name.split(".")
             if kind == "scores":
                 self.scores[int(layer), rest[0]] = tensor
-            elif kind == "factors":
-                factors.setdefault((int(layer), rest[0]), {})[rest[1]] = tensor
+            elif kind in factors:
+                factors[kind].setdefault((int(layer), rest[0]), {})[rest[1]] = tensor
             else:
                 stand_ins.setdefault(int(layer), {})[rest[0]] = tensor
-        self.factors.update({key: LowRank(**parts) for key, parts in factors.items()})
+        for learned, kind in ((self.factors, "factors"), (self.factor_stand_ins, "factor_stand_ins")):
+            learned.update({key: LowRank(**parts) for key, parts in factors[kind].items()})
         self.stand_ins.update({layer: StandIn(**parts) for layer, parts in stand_ins.items()})
         self.fitted = bool(tensors)
+
+
+def _root_of_moment(x: torch.Tensor) -> torch.Tensor:
+    """``L`` with ``L Lᵀ`` the second moment of the inputs ``x`` ``[n, in]``, a little more on its diagonal."""
+    x = x.float()
+    moment = x.t() @ x / len(x)
+    moment.diagonal().add_(1e-3 * moment.diagonal().mean() + torch.finfo(x.dtype).tiny)
+    return torch.linalg.cholesky(moment)
+
+
+def _whitened(weight: torch.Tensor, root: torch.Tensor, rank: int, seed: int) -> LowRank:
+    """SVD of ``W L``: the factors of ``W`` err least where the inputs are."""
+    factors = truncated_svd(weight.float() @ root, rank, seed)
+    down = torch.linalg.solve_triangular(root, factors.down, upper=False, left=False)
+    return LowRank(down.contiguous(), factors.up).to(weight.device, weight.dtype)

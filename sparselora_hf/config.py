@@ -46,9 +46,10 @@ class SparseLoraConfig:
             tokens, which are computed anyway), ``oracle`` (true activations of all context tokens), ``random``.
         score_tokens: at most this many context tokens, evenly spaced, enter the scores; None takes all. For
             ``sampled``, None means 64, and for ``output`` 512 output tokens.
-        compensation: stand-in for the dropped MLP channels: ``none`` (the paper), ``mean`` or ``low_rank``,
-            fitted in closed form on activations of the dense warm-up steps.
-        compensation_rank: rank of the ``low_rank`` stand-in.
+        compensation: stand-in for the dropped channels: ``none`` (the paper), ``mean`` (of MLPs alone) or
+            ``low_rank`` (of MLPs, and of attention by factors of its weights), fitted in closed form on activations
+            of the dense warm-up steps.
+        compensation_rank: rank of the ``low_rank`` stand-ins.
         calibration_tokens: token rows kept per layer while dense steps run, for the criteria and stand-ins
             that need statistics.
         token_rule: a token is dense when its own label or the next one counts (``label_or_predictor``), or

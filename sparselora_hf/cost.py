@@ -60,7 +60,7 @@ class Work:
 class StepCost:
     """FLOPs of a step by group, and the bytes it moves.
 
-    `mlp` includes the stand-in for dropped channels, `projections` are q, k, v and o, `attention` is the core (QKᵀ
+    `mlp` and `projections` (q, k, v and o) include the stand-ins for dropped channels, `attention` is the core (QKᵀ
     and AV), `head` the language-model head, `estimator` the scoring of channels.
 
     `bytes` is rough: each product reads its matrix and writes its result once, in 2-byte elements.
@@ -179,6 +179,17 @@ class _Layer:
             return []
         return [_Product(sparse, self.model.hidden, rank), _Product(sparse, rank, self.mlp_keep)]
 
+    def factors(self, rank: int) -> list[_Product]:
+        """Products of the factors that stand in for the dropped channels of q, k, v and o."""
+        whole, _ = self.widths()
+        products = []
+        for name in (*_INPUT_SIDE, "o_proj"):
+            inp, out = whole[name]
+            _, sparse = self.rows(name)
+            gradient = self.input_gradient(name)
+            products += [_Product(sparse, inp, rank, gradient), _Product(sparse, rank, out, gradient)]
+        return products if rank else []
+
     def closing(self, rank: int) -> list[_Product]:
         """Products that close the MLP: `down_proj`, and the stand-in's map from rank to hidden."""
         _, sparse = self.rows("down_proj")
@@ -222,7 +233,7 @@ def layer_cost(
     inner = part.frozen(name for name in model.mlp_names if name != "down_proj")
     products = {
         "mlp": inner + part.stand_in(compensation_rank),
-        "projections": part.frozen((*_INPUT_SIDE, "o_proj")),
+        "projections": part.frozen((*_INPUT_SIDE, "o_proj")) + part.factors(compensation_rank),
         "lora": part.adapters(),
     }
     closing = part.closing(compensation_rank)
@@ -263,7 +274,7 @@ def step_cost(
         checkpointing: adds a forward pass of the layers to backward (the non-reentrant kind, which ends before a
             closing product without an adapter); channel sets are not scored again.
         rank: rank of the SVD estimator that scores all context tokens; 0 leaves scoring out.
-        compensation_rank: rank of the stand-in of sparse MLPs; 0 is none.
+        compensation_rank: rank of the stand-ins of sparse parts; 0 is none.
         head: positions that TRL scores by itself, ``all`` (CPU) or ``labels`` (GPU). Its fused head computes the
             product again in backward, so there are three of them.
 

@@ -168,7 +168,8 @@ class SparseLoraHandle:
         if keeps.get("mlp") is not None:
             calibration.fit_mlp(layer.number, MlpView.of(layer.mlp, self.family), keeps["mlp"])
         if keeps.get("o") is not None:
-            calibration.fit_attention(layer.number, AttentionView.of(layer.attention, self.family))
+            roles = [role for role, keep in keeps.items() if role != "mlp" and keep is not None]
+            calibration.fit_attention(layer.number, AttentionView.of(layer.attention, self.family), roles)
 
     def figures(self) -> dict[str, float]:
         """Figures for the log since the last call: shares of context and of saved FLOPs, sparsity, speed."""

@@ -50,12 +50,12 @@ class Part:
         return self.kinds == ("mlp",)
 
 
-def attention_part(layer: Layer, family: ModelFamily, normalised: bool) -> Part:
+def attention_part(layer: Layer, family: ModelFamily, config: SparseLoraConfig, normalised: bool) -> Part:
     """The attention of a layer; with `normalised` queries and keys the values alone drop channels."""
     view = AttentionView.of(layer.attention, family)
     keep = kept_channels(view.layout.kv_width, layer.attention_sparsity)
     kinds = ("vo",) if normalised else ("qk", "vo")
-    worth = attention_worth(view.hidden, view.layout, keep, _device(view.o.module), len(kinds))
+    worth = attention_worth(view.hidden, view.layout, keep, _device(view.o.module), len(kinds), _rank(config))
     name = f"{layer.name}.{family.attention}"
     note = _NORMALISED if normalised else ""
     return Part(name, layer.attention, view.modules, kinds, view.layout.kv_width, keep, worth, note)
@@ -65,9 +65,13 @@ def mlp_part(layer: Layer, family: ModelFamily, config: SparseLoraConfig) -> Par
     """The MLP of a layer."""
     view = MlpView.of(layer.mlp, family)
     keep = kept_channels(view.width, layer.mlp_sparsity)
-    rank = config.compensation_rank if config.compensation == "low_rank" else 0
-    worth = mlp_worth(view.hidden, view.width, keep, rank, _device(view.down.module), len(view.inputs) + 1)
+    worth = mlp_worth(view.hidden, view.width, keep, _rank(config), _device(view.down.module), len(view.inputs) + 1)
     return Part(f"{layer.name}.{layer.mlp_name}", layer.mlp, view.modules, ("mlp",), view.width, keep, worth)
+
+
+def _rank(config: SparseLoraConfig) -> int:
+    """Rank of the stand-ins."""
+    return config.compensation_rank if config.compensation == "low_rank" else 0
 
 
 def _device(module: nn.Module) -> str:

@@ -49,12 +49,17 @@ def mlp_worth(hidden: int, width: int, keep: int, rank: int, device_type: str, m
     return _worth(saved, "mlp", hidden, device_type)
 
 
-def attention_worth(hidden: int, layout: HeadLayout, keep: int, device_type: str, pairs: int = 2) -> Worth:
+def attention_worth(
+    hidden: int, layout: HeadLayout, keep: int, device_type: str, pairs: int = 2, rank: int = 0
+) -> Worth:
     """Balance of the projections of an attention module that keeps ``keep`` kv channels.
 
-    `pairs` is 2 where q and k drop channels beside v and o, and 1 where v and o alone do.
+    `pairs` is 2 where q and k drop channels beside v and o, and 1 where v and o alone do; `rank` is of the factors
+    that stand in for them.
     """
-    saved = 4.0 * hidden * pairs * (1 + layout.groups) * (layout.kv_width - keep)
+    widths = (1 + layout.groups) * layout.kv_width
+    dropped = (1 + layout.groups) * (layout.kv_width - keep)
+    saved = 4.0 * pairs * (hidden * dropped - rank * (2 * hidden + widths))
     return _worth(saved, "attention", hidden, device_type)
 
 

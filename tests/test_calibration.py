@@ -13,6 +13,7 @@ from helpers import (
     make_batch,
     relative_error,
 )
+from zoo import zoo_lora
 
 from sparselora_hf import sparsify
 from sparselora_hf.channels import top_channels
@@ -163,6 +164,36 @@ def test_whitened_factors_err_least_where_the_inputs_are():
     weight = model.base_model.model.model.layers[2].mlp.gate_proj.weight.detach()
     plain, product = truncated_svd(weight, BASE.rank), x @ weight.T
     assert relative_norm(whitened(x), product) < 0.95 * relative_norm(plain(x), product)
+
+
+@pytest.mark.parametrize("criterion", ["svd", "output"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "phi3"])
+def test_attention_with_factors_of_full_rank_is_dense(name, criterion, batch):
+    """Whatever is dropped, the factors make up for it, biases and fused projections included; of low rank not."""
+    model = zoo_lora(name).train()
+    want = loss_and_gradients(model, batch)
+    errors = []
+    for rank in (1000, 8):
+        config = BASE.replace(mlp_sparsity=0.0, criterion=criterion, compensation="low_rank", compensation_rank=rank)
+        with sparsify(model, config) as handle:
+            warm_up(model, range(8))
+            handle.set_enabled(True)
+            got = loss_and_gradients(model, batch)
+        errors.append(max(relative_error(got[1][name], want[1][name]) for name in want[1]))
+    assert errors[0] < 1e-4 < errors[1]
+
+
+@pytest.mark.parametrize("attention_sparsity", [0.5, 0.75])
+def test_factors_bring_attention_nearer_to_the_dense_one(attention_sparsity, batch):
+    model, errors = lora_model(), {}
+    want = loss_and_gradients(model, batch)[0]
+    for compensation in ("none", "low_rank"):
+        settings = {"mlp_sparsity": 0.0, "attention_sparsity": attention_sparsity, "compensation": compensation}
+        with sparsify(model, BASE.replace(criterion="static", compensation_rank=16, **settings)) as handle:
+            warm_up(model, range(8))
+            handle.set_enabled(True)
+            errors[compensation] = abs(float(loss_and_gradients(model, batch)[0] - want))
+    assert errors["low_rank"] < errors["none"]
 
 
 def test_static_scores_are_norms_over_the_sample():

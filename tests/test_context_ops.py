@@ -3,7 +3,7 @@ import torch
 from torch.autograd import gradcheck
 from torch.nn import functional as F
 
-from sparselora_hf.ops.context import context_linear
+from sparselora_hf.ops.context import add_stand_in, context_linear
 from sparselora_hf.ops.rows import fork_rows, overlay_rows
 
 SETTINGS = {
@@ -92,3 +92,18 @@ def test_types_follow_linear():
     assert y.dtype == torch.bfloat16
     y.float().sum().backward()
     assert x.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("over_outputs", [True, False], ids=["outputs", "inputs"])
+def test_stand_in_is_the_factors_on_dropped_channels(over_outputs):
+    weight, index, mask, bias = case(over_outputs, True)
+    down, up = draw(2, INPUTS, seed=5), draw(OUTPUTS, 2, seed=6)
+    x, everything = draw(TOKENS, INPUTS).requires_grad_(), torch.arange(TOKENS)
+
+    def op(x):
+        y = context_linear(x, everything, weight, index, bias, over_outputs=over_outputs)
+        return add_stand_in(y, x, index, down, up, over_outputs=over_outputs)
+
+    want = definition(x, weight, mask, bias, over_outputs) + definition(x, up @ down, 1 - mask, None, over_outputs)
+    torch.testing.assert_close(op(x), want)
+    assert gradcheck(op, x)

@@ -82,6 +82,8 @@ def test_estimator_and_stand_in():
     assert cost.estimator.forward == 2 * 5 * (2 * (8 * 2 + 2 * 20) + 3 * (8 * 2 + 2 * 2))
     assert cost.estimator.backward == 0
     assert cost.mlp.forward - plain.mlp.forward == 2 * 5 * 3 * (2 * 8 + 4)
+    factors = (8 + 8) + (8 + 4) + (8 + 4) + (8 + 8)  # in and out of q, k, v and o
+    assert cost.projections.forward - plain.projections.forward == 2 * 5 * 3 * factors
 
 
 def test_lora_on_the_mlp_follows_kept_channels():

@@ -22,11 +22,15 @@ def products_in_backward(model, batch) -> int:
     ("targets", "again"), [(ATTENTION, 0), (ATTENTION + MLP, 3)], ids=["frozen down_proj", "adapter on down_proj"]
 )
 @pytest.mark.parametrize(
-    "config", [None, SparseLoraConfig(), SPARSE.replace(start_step=0)], ids=["plain model", "exact", "sparse"]
+    "config",
+    [None, SparseLoraConfig(), SPARSE, SPARSE.replace(criterion="output")],
+    ids=["plain model", "exact", "sparse", "led by output rows"],
 )
 def test_a_frozen_closing_product_is_not_computed_again(config, targets, again):
     """What the cost model counts: with an adapter on it, `down_proj` is computed again as part of the LoRA layer."""
     model = lora_model(targets=targets)
     if config is not None:
-        sparsify(model, config).set_enabled(config.is_sparse)
+        handle = sparsify(model, config)
+        model(**make_batch(seed=1))  # for statistics
+        handle.set_enabled(config.is_sparse)
     assert products_in_backward(model, make_batch()) == again

@@ -18,7 +18,10 @@ def test_savings_by_hand():
     assert mlp_worth(4096, 14336, 144, 0, "cpu").saved == 2 * 2 * 3 * 4096 * (14336 - 144)
     assert mlp_worth(4096, 14336, 144, 32, "cpu").saved == 2 * 2 * (3 * 4096 * (14336 - 144) - 2 * 32 * 4096)
     layout = HeadLayout(32, 8, 128)
-    assert attention_worth(4096, layout, 256, "cpu").saved == 2 * 2 * 4096 * (4 + 1 + 1 + 4) * (1024 - 256)
+    saved = 2 * 2 * 4096 * (4 + 1 + 1 + 4) * (1024 - 256)
+    assert attention_worth(4096, layout, 256, "cpu").saved == saved
+    factors = 2 * 2 * 64 * (4 * 4096 + (4 + 1 + 1 + 4) * 1024)
+    assert attention_worth(4096, layout, 256, "cpu", rank=64).saved == saved - factors
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "xpu"])

@@ -131,6 +131,10 @@ _FAR = {
     "static+r32, one channel": _static("far", 32, mlp=0.999),
     "svd@0.9, attention 0.75": _criterion("svd", "far", attention=0.75),
     "static+r8@0.9, attention 0.75": _static("far", 8, attention=0.75),
+    "output+r8@0.9, attention 0.5": _criterion("output", "far", stand_in=8, attention=0.5),
+    "output+r32@0.97, attention 0.5": _criterion("output", "far", stand_in=32, mlp=0.97, attention=0.5),
+    "output+r32@0.97": _criterion("output", "far", stand_in=32, mlp=0.97),
+    "output+r16@0.9": _criterion("output", "far", stand_in=16),
     "static+r32@0.97, attention 0.75": _static("far", 32, mlp=0.97, attention=0.75),
 }
 _EQUAL_FLOPS = {  # 75 % context, 5 layers: about the dense run's linear FLOPs
@@ -165,6 +169,13 @@ _ATTENTION = {
     "svd attention@0.75, QK alone": Arm("attention", mlp=0.0, attention=0.75, study="qk_alone"),
     "svd attention@0.75, VO alone": Arm("attention", mlp=0.0, attention=0.75, study="vo_alone"),
     "svd attention@0.75, sliced branch": Arm("attention", mlp=0.0, attention=0.75, settings={"lora_branch": "sliced"}),
+}
+_ATTENTION |= {
+    f"output{f'+r{rank}' if rank else ''} attention@{sparsity}": _criterion(
+        "output", "attention", stand_in=rank, mlp=0.0, attention=sparsity
+    )
+    for sparsity in (0.5, 0.75)
+    for rank in (0, 8, 32)
 }
 
 _GROUPS = (

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..ops.context import context_linear
+from ..ops.context import add_stand_in, context_linear
 from ..ops.quant import frozen_weight
 from ..ops.rows import fork_rows, overlay_rows
 from ..state import Rows
@@ -20,6 +20,8 @@ class SparseLinear(Patched):
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """``[..., in]`` to ``[..., out]``; rows that the batch does not need come back as zero."""
         link = link_of(self)
+        if link.role == "o" and link.state.config.compensation == "low_rank":
+            link.observe("o", x.detach().reshape(-1, x.shape[-1]), self.training)
         rows = link.rows(x, self.training)
         if rows is None:
             return self.dense_forward(x, *args, **kwargs)
@@ -36,4 +38,8 @@ class SparseLinear(Patched):
         # where there is no context row, no channel set was chosen
         index = link.channels() if len(rows.sparse) else rows.sparse
         options = {"over_outputs": link.role != "o", "covered": covered, "kernels": link.state.config.kernels}
-        return context_linear(x, rows.sparse, frozen_weight(self), index, self.bias, **options)
+        y = context_linear(x, rows.sparse, frozen_weight(self), index, self.bias, **options)
+        stand_in = link.state.calibration.factor_stand_ins.get((link.layer, link.role))
+        if stand_in is None or not len(rows.sparse):
+            return y
+        return add_stand_in(y, x, index, stand_in.down, stand_in.up, over_outputs=link.role != "o")

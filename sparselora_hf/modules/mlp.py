@@ -1,8 +1,5 @@
 """An MLP that computes all channels for output rows and the kept ones for context rows."""
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 from torch import nn
 
@@ -35,9 +32,7 @@ class SparseMlp(Patched):
             return join_rows(dense, dense[:0], rows.dense, rows.sparse, len(flat)).view(x.shape)
         whole, few = fork_rows(flat, rows.dense)
         if link.state.criterion.reads_output:
-            with self._learning(few, rows):
-                dense = self.dense_forward(few, *args, **kwargs)
-            sparse = self._sparse(whole, rows)
+            sparse, dense = self._led_by_output(whole, few, rows, *args, **kwargs)
         else:  # recomputation under checkpointing ends inside the latter, before its last product
             sparse, dense = self._sparse(whole, rows), self.dense_forward(few, *args, **kwargs)
         # a 4-bit linear computes in a type of its own and answers in that of its input
@@ -46,23 +41,36 @@ class SparseMlp(Patched):
     def _branches_are_plain(self, family: ModelFamily) -> bool:
         return all(is_plain_lora(module) for module in MlpView.of(self, family).modules.values())
 
-    @contextlib.contextmanager
-    def _learning(self, x: torch.Tensor, rows: Rows) -> Iterator[None]:
-        """Choose the batch's channels by what its dense rows ``x`` show as they run."""
-        link = link_of(self)
-        batch, criterion = link.state.batch, link.state.criterion
-        if (link.layer, "mlp") in batch.selections:
-            yield
-            return
-        seen: list[torch.Tensor] = []
-        view = MlpView.of(self, link.family)
-        hook = view.modules["down"].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    def _led_by_output(self, whole: torch.Tensor, few: torch.Tensor, rows: Rows, *args, **kwargs) -> tuple:
+        """Sparse and dense rows, on the channels that the activations of the dense ones ``few`` ask for.
+
+        The sparse rows come in between, before `down` closes the dense ones: recomputation under checkpointing has no
+        need of that product, and ends before it.
+        """
+        sparse = []
+
+        def follow(module: nn.Module, inputs: tuple) -> None:
+            self._learn(few, inputs[0], rows)
+            sparse.append(self._sparse(whole, rows))
+
+        view = MlpView.of(self, link_of(self).family)
+        hook = view.modules["down"].register_forward_pre_hook(follow)
         try:
-            yield
+            dense = self.dense_forward(few, *args, **kwargs)
         finally:
             hook.remove()
-        with torch.no_grad():
-            hidden = seen[0] if seen else view.channels(x)  # another library's forward may pass `down` by
+        if not sparse:  # the forward of another library may pass `down` by
+            with torch.no_grad():
+                hidden = view.channels(few)
+            follow(self, (hidden,))
+        return sparse[0], dense
+
+    @torch.no_grad()
+    def _learn(self, x: torch.Tensor, hidden: torch.Tensor, rows: Rows) -> None:
+        """Choose the batch's channels by the activations ``[A, N]`` of its dense rows ``x`` ``[A, H]``."""
+        link = link_of(self)
+        batch, criterion = link.state.batch, link.state.criterion
+        if (link.layer, "mlp") not in batch.selections:  # recomputation meets the set of the first forward
             output = torch.searchsorted(rows.dense, batch.plan.output.to(x.device))
             self._choose(criterion.mlp_of_output(link.layer, x, hidden.reshape(len(x), -1), output))
 

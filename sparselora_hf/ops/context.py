@@ -14,7 +14,7 @@ from .quant import FrozenWeight, read_columns, read_rows
 from .rows import blank
 from .slices import column_slice, row_slice
 
-__all__ = ["context_linear"]
+__all__ = ["add_stand_in", "context_linear"]
 
 
 class _ContextLinear(torch.autograd.Function):
@@ -102,3 +102,26 @@ def context_linear(
     """
     x = x.to(compute_dtype(x, weight))
     return _ContextLinear.apply(x, rows, (weight, index, bias), over_outputs, covered, kernels)
+
+
+def add_stand_in(
+    y: torch.Tensor, x: torch.Tensor, index: torch.Tensor, down: torch.Tensor, up: torch.Tensor, *, over_outputs: bool
+) -> torch.Tensor:
+    """Add to ``y``, in place, what the dropped channels of a linear owe by low-rank factors of its weight.
+
+    Args:
+        y: ``[T, out]``, as `context_linear` gives it.
+        x: its input, ``[T, in]``.
+        index: int64 ``[K]``, the kept channels.
+        down: ``[r, in]``.
+        up: ``[out, r]``.
+        over_outputs: what ``index`` counts, output or input channels.
+
+    Returns:
+        ``y``. Differentiable in ``x``.
+    """
+    if over_outputs:
+        up = up.index_fill(0, index, 0)
+    else:
+        down = down.index_fill(1, index, 0)
+    return y.addmm_(x.to(y.dtype) @ down.t().to(y.dtype), up.t().to(y.dtype))
