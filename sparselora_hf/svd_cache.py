@@ -24,6 +24,7 @@ __all__ = ["SvdCache", "default_cache_dir", "fingerprint"]
 logger = logging.get_logger(__name__)
 
 _FORMAT = "sparselora-svd-2"
+_BLOCK = 64  # rows: 512 KB at width 4096
 _WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 
 
@@ -31,15 +32,21 @@ def fingerprint(weight: torch.Tensor) -> str:
     """Hash of a weight ``[out, in]``: of its type, its shape and the integer sums of its bits by row and column.
 
     Integer sums are the same on every device; changing an element, or exchanging two rows or columns, changes them.
-    Rows are summed in the widest words that they fill: 17 ms for 14336 x 4096 in bf16 on one core, 556 ms by element.
+    Rows are summed in the widest words that they fill, on a CPU a few at a time, which its cache holds for the sums by
+    column: 9 ms for 14336 x 4096 in bf16 on one core, 18 ms at once, 556 ms by element.
     """
     row_bytes = weight.shape[1] * weight.element_size()
     size = next(size for size in _WORDS if row_bytes % size == 0)
     flat = weight.detach().contiguous().flatten()  # a single row may have a stride that no wider word fits
     bits = flat.view(_WORDS[size]).view(weight.shape[0], row_bytes // size)
+    blocks = bits.split(_BLOCK) if bits.device.type == "cpu" else (bits,)
+    rows, columns = [], torch.zeros(bits.shape[1], dtype=torch.int64, device=bits.device)
+    for block in blocks:
+        rows.append(block.sum(1, dtype=torch.int64))
+        columns += block.sum(0, dtype=torch.int64)
     digest = hashlib.sha256(f"{weight.dtype}{tuple(weight.shape)}".encode())
-    for axis in (0, 1):
-        digest.update(bits.sum(axis, dtype=torch.int64).cpu().numpy().tobytes())
+    for sums in (columns, torch.cat(rows)):
+        digest.update(sums.cpu().numpy().tobytes())
     return digest.hexdigest()
 
 

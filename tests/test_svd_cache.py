@@ -229,6 +229,15 @@ def test_fingerprint_knows_sign_shape_and_layout():
     assert fingerprint(weight) == fingerprint(weight.t().contiguous().t())
 
 
+def test_fingerprint_tells_rows_apart_that_lie_far_apart():
+    weight = torch.randn(130, 8, generator=torch.Generator().manual_seed(0))
+    order = torch.arange(130)
+    order[[3, 100]] = order[[100, 3]]
+    assert (
+        len({fingerprint(weight), fingerprint(weight[order]), fingerprint(weight[:129]), fingerprint(weight * 2)}) == 4
+    )
+
+
 def test_a_single_row_has_a_fingerprint_whatever_its_stride():
     row = torch.arange(8.0)[:, None].t()
     assert row.stride() == (1, 1)
