@@ -57,19 +57,16 @@ def test_every_line_of_the_gpu_run_is_understood(bench, gpu_sh, smoke):
     parsers = {"step.py": bench.step, "profile_step.py": bench.step}
     parsers |= {"attach.py": bench.attach, "kernel_times.py": bench.kernel_times}
     calls = [(script, parsers[script].parse(argv)) for script, argv in gpu_sh(SPARSELORA_BENCH_SMOKE="1" * smoke)]
-    steps = [args for script, args in calls if script == "step.py" and not args.memory_probe]
+    steps = [args for script, args in calls if script == "step.py"]
     subjects = {}
     for args in steps:
         SparseLoraConfig.from_dict(bench.step.sparse_settings(args).to_dict())
         subjects.setdefault((args.csv.name, args.model, args.sequence, args.output, args.batch), []).append(
             args.variants
         )
-    probes = {args.memory_probe: args for _, args in calls if "memory_probe" in args and args.memory_probe}
-    assert probes.keys() == {"sft", "sparse"}
     assert {script for script, _ in calls} == parsers.keys()
     if smoke:
         return
-    assert all((args.sequence, args.output) == bench.setup.PROTOCOLS["math"] for args in probes.values())
     assert all(args.device == "cuda" for _, args in calls)
     once = [names for key, names in subjects.items() if key[0] == "step-cuda.csv"]
     assert once == [[["sft", "sparse"]]] * 6
@@ -107,12 +104,29 @@ def test_layers_are_cut_from_the_middle_of_the_schedule(bench):
     assert (mlp, attention) == ([0.99, 0.99], [0.75, 0.75])
 
 
-def test_peak_memory_is_a_row(bench, tmp_path, capsys):
-    argv = [*TINY, "--sequence", "16", "--output", "4", "--batch", "1", "--memory-probe", "sft"]
-    bench.step.main([*argv, "--memory-csv", str(tmp_path / "m.csv")])
-    [row] = rows_of(tmp_path / "m.csv")
-    assert (row["variant"], row["sequence"], row["batch"]) == ("sft", "16", "1")
-    assert row["peak_memory"] == capsys.readouterr().out.splitlines()[-1]
+class Turns:
+    """A trainer that trains nothing and has its timer filled."""
+
+    def __init__(self, args, variant, model, steps, callbacks):
+        self.timer, self.steps, self.compute_loss = callbacks[0], steps, None
+
+    def train(self):
+        self.timer.steps += [0] * self.steps
+        self.timer.forward += [0] * self.steps
+
+
+@pytest.mark.parametrize(("device", "want"), [("cpu", {}), ("cuda", {"sft": 7, "sparse": 9})])
+def test_peak_memory_of_a_gpu_is_that_of_the_turns(bench, monkeypatch, device, want):
+    peaks = iter([5, 4, 7, 9])  # two rounds of two variants
+    monkeypatch.setattr(bench.step, "make_model", lambda _: SimpleNamespace(config=None))
+    monkeypatch.setattr(bench.step.ModelShape, "from_config", lambda _: None)
+    monkeypatch.setattr(bench.step, "make_trainer", Turns)
+    monkeypatch.setattr(bench.step, "reset_peak_memory", lambda: None)
+    monkeypatch.setattr(bench.step, "peak_memory", lambda: next(peaks))
+    args = bench.step.parse(["--device", device, "--variants", "sft", "sparse", "--rounds", "2"])
+    timers, _, _, found = bench.step.measure(args)
+    assert found == want
+    assert [len(timer.steps) for timer in timers.values()] == [6, 6]
 
 
 def test_kernel_times_that_are_cut_short_are_kept(bench, tmp_path, monkeypatch):

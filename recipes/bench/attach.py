@@ -32,6 +32,21 @@ def attach_time(model, config: SparseLoraConfig) -> tuple[StepTime, int]:
         return seconds, sum(decision.outcome == "sparse" for decision in handle.decisions)
 
 
+def measure(model, config: SparseLoraConfig, repeats: int) -> dict[str, float]:
+    """Seconds without a cache, and from one."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = config.replace(cache_dir=folder)
+        cold, parts = attach_time(model, config)
+        cached = median_step([attach_time(model, config)[0] for _ in range(repeats)])
+    return {
+        "sparse_parts": parts,
+        "cold": round(cold.wall, 2),
+        "cold_cpu": round(cold.cpu, 2),
+        "cached": round(cached.wall, 2),
+        "cached_cpu": round(cached.cpu, 2),
+    }
+
+
 def cut(config: SparseLoraConfig, layers: int, total: int) -> SparseLoraConfig:
     """A schedule for the first so many layers whose attention is sparse as well as their MLP."""
     mlp, attention = config.layer_sparsity(total)
@@ -50,6 +65,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="build so many layers, out of the middle of the schedule")
     parser.add_argument("--hidden", type=int, help="another width, with the proportions of the shape")
     parser.add_argument("--repeats", type=int, default=3, help="attachments from the cache")
+    parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()], help="a row for each")
     parser.add_argument("--csv", type=Path)
     return parser.parse_args(argv)
 
@@ -65,25 +81,19 @@ def main(argv: list[str] | None = None) -> int:
         overrides |= {"hidden_size": args.hidden, "intermediate_size": args.hidden * 7 // 2}
     model = build_model(args.model, args.device, torch.bfloat16, **overrides)
     model = get_peft_model(model, LoraConfig(r=8, target_modules=TARGETS))
-    with tempfile.TemporaryDirectory() as folder:
-        config = config.replace(cache_dir=folder)
-        cold, parts = attach_time(model, config)
-        cached = median_step([attach_time(model, config)[0] for _ in range(args.repeats)])
-    row = {
-        "model": args.model,
-        "preset": args.preset,
-        "dtype": "bfloat16",
-        "layers": args.layers or total,
-        "of": total,
-        "sparse_parts": parts,
-        "cold": round(cold.wall, 2),
-        "cold_cpu": round(cold.cpu, 2),
-        "cached": round(cached.wall, 2),
-        "cached_cpu": round(cached.cpu, 2),
-        **environment(args.device),
-    }
-    Console().print(row)
-    append_csv(args.csv or RESULTS / f"attach-{args.device}.csv", [row])
+    for threads in args.threads:
+        torch.set_num_threads(threads)
+        row = {
+            "model": args.model,
+            "preset": args.preset,
+            "dtype": "bfloat16",
+            "layers": args.layers or total,
+            "of": total,
+            **measure(model, config, args.repeats),
+            **environment(args.device),
+        }
+        Console().print(row)
+        append_csv(args.csv or RESULTS / f"attach-{args.device}.csv", [row])
     return 0
 
 

@@ -74,6 +74,8 @@ run profile 50 "$python" recipes/bench/profile_step.py --device "$device" --csv 
   --variants sft sparse $large $batch "${shape[@]}"
 step code 55 code $large ${batch/8/6} $turns
 step wizard 55 wizard $large ${batch/8/2} $turns
+# the SVD of every weight, cold and cached
+run attach 60 "$python" recipes/bench/attach.py --device "$device" --csv "$out/attach-$device.csv" $attach
 # against SFTTrainer with fused layer kernels: each alone, since they change transformers for the whole process
 for variant in $liger; do
   step "math-$variant" 60 math $large $batch $turns --variants "$variant" --csv "$out/step-liger-$device.csv"
@@ -82,10 +84,4 @@ done
 step csr-stand-in 75 csr $large $batch $turns --sparse "$all" --csv "$out/step-stand-in-$device.csv"
 step 1b 35 wizard $small ${batch/8/2} $turns
 step batch-1 35 math $large --batch 1 $turns
-# the SVD of every weight, cold and cached; peak memory, each variant in a process of its own
-run attach 60 "$python" recipes/bench/attach.py --device "$device" --csv "$out/attach-$device.csv" $attach
-for variant in sft sparse; do
-  run "memory-$variant" 40 "$python" recipes/bench/step.py --device "$device" $large $batch "${shape[@]}" \
-    --memory-probe "$variant" --memory-csv "$out/memory-$device.csv"
-done
 echo "== done in $SECONDS s; results in $out"

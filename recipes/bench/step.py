@@ -4,8 +4,9 @@
 
 The variants take turns: in every round each trains a few steps with its own trainer over the same frozen weights, the
 first step of a turn is not counted, and medians are taken over all rounds. Timed is the whole optimizer step, by the
-wall clock and by the process's own clock. Peak memory is measured in a process of its own per variant. The bound is
-the ratio of FLOPs that the cost model gives, attention, LoRA and head included.
+wall clock and by the process's own clock. Peak memory is on a GPU what the allocator held in a variant's turns (of the
+others their adapters and optimizer states), on a CPU that of a process of its own per variant. The bound is the ratio
+of FLOPs that the cost model gives, attention, LoRA and head included.
 """
 
 import argparse
@@ -42,7 +43,6 @@ from sparselora_hf.cost import BatchShape, LoraShape, ModelShape, StepCost, boun
 from sparselora_hf.measure import StepTimer, peak_memory, reset_peak_memory
 
 RESULTS = Path(__file__).parent / "results"
-SETTING = ("model", "sequence", "output", "batch", "fill", "checkpointing")
 SCHEDULES = {
     "tiny-229m": {"mlp_sparsity": {"1-10": 0.99}, "attention_sparsity": {"4-8": 0.75}, "score_tokens": 64},
     "llama-3.2-1b": {"mlp_sparsity": {"1-14": 0.99}, "attention_sparsity": {"6-12": 0.75}},
@@ -98,11 +98,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--variants", nargs="+", choices=[*VARIANTS, *LIGER], default=list(VARIANTS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3, help="counted steps of a turn")
-    parser.add_argument("--no-memory", action="store_true", help="skip the memory runs")
+    parser.add_argument("--no-memory", action="store_true", help="skip the memory runs of a CPU")
     parser.add_argument("--csv", type=Path, default=None, help="append rows to this file")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
-    parser.add_argument("--memory-probe", choices=[*VARIANTS, *LIGER], help="print the peak bytes of one variant")
-    parser.add_argument("--memory-csv", type=Path, help="with --memory-probe: append them to this file, too")
+    parser.add_argument("--memory-probe", choices=[*VARIANTS, *LIGER], help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.protocol:
         args.sequence, args.output = PROTOCOLS[args.protocol]
@@ -143,10 +142,10 @@ def make_trainer(args: argparse.Namespace, variant: str, model, steps: int, call
     )
 
 
-def measure(args: argparse.Namespace) -> tuple[dict[str, PhaseTimer], ModelShape, dict[str, object]]:
-    """Take turns; returns the timers, the model's shape and the trainers."""
+def measure(args: argparse.Namespace) -> tuple[dict[str, PhaseTimer], ModelShape, dict[str, object], dict[str, int]]:
+    """Take turns; returns the timers, the model's shape, the trainers, and on a GPU the peak bytes of their turns."""
     model = make_model(args)
-    timers, trainers = {}, {}
+    timers, trainers, peaks = {}, {}, {}
     for variant in args.variants:
         timers[variant] = PhaseTimer()
         trainers[variant] = make_trainer(args, variant, model, args.steps + 1, (timers[variant],))
@@ -154,9 +153,13 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, PhaseTimer], ModelShape
     for _ in range(args.rounds):
         for variant, trainer in trainers.items():
             done = len(timers[variant].steps)
+            if args.device == "cuda":
+                reset_peak_memory()
             trainer.train()
+            if args.device == "cuda":
+                peaks[variant] = max(peak_memory(), peaks.get(variant, 0))
             del timers[variant].steps[done], timers[variant].forward[done]  # the first step of a turn warms up
-    return timers, ModelShape.from_config(model.config), trainers
+    return timers, ModelShape.from_config(model.config), trainers, peaks
 
 
 def peak_of(args: argparse.Namespace, argv: list[str], variant: str) -> int | None:
@@ -174,12 +177,7 @@ def probe(args: argparse.Namespace) -> None:
     reset_peak_memory()
     trainer.train()
     peak = peak_memory()
-    peak = None if peak is None else peak - (0 if torch.cuda.is_available() else start)
-    if args.memory_csv:
-        settings = {name: value for name, value in vars(args).items() if name in SETTING}
-        row = {"variant": args.memory_probe, **settings, "peak_memory": peak, **environment(args.device)}
-        append_csv(args.memory_csv, [row])
-    print(json.dumps(peak))
+    print(json.dumps(None if peak is None else peak - start))
 
 
 def cost_of(args: argparse.Namespace, variant: str, shape: ModelShape, handle: object) -> StepCost:
@@ -208,7 +206,9 @@ def cost_of(args: argparse.Namespace, variant: str, shape: ModelShape, handle: o
 
 def rows_of(args: argparse.Namespace, argv: list[str]) -> Iterator[dict]:
     """One row per variant, the baseline first."""
-    timers, shape, trainers = measure(args)
+    timers, shape, trainers, peaks = measure(args)
+    if args.device != "cuda" and not args.no_memory:
+        peaks = {variant: peak_of(args, argv, variant) for variant in args.variants}
     costs = {
         v: cost_of(args, v, shape, None if LIGER.get(v, v) == "sft" else t.sparse_handle) for v, t in trainers.items()
     }
@@ -242,7 +242,7 @@ def rows_of(args: argparse.Namespace, argv: list[str]) -> Iterator[dict]:
             **_quartiles("cpu", cpu),
             "forward": round(forward, 4),
             "backward_and_update": round(total - forward, 4),
-            "peak_memory": None if args.no_memory else peak_of(args, argv, variant),
+            "peak_memory": peaks.get(variant),
             "steps": len(steps),
             **environment(args.device),
         }
