@@ -83,6 +83,10 @@ def _static(group: str, stand_in: int, **more: Any) -> Arm:
     return _criterion("static", group, stand_in=stand_in, **more)
 
 
+def _output(group: str, stand_in: int, **more: Any) -> Arm:
+    return _criterion("output", group, stand_in=stand_in, **more)
+
+
 _MAIN = {
     "dense": Arm("main", mlp=0.0, trainer="sft"),
     "svd@0.9": _criterion("svd", "main"),
@@ -92,8 +96,8 @@ _MAIN = {
     "oracle@0.9": _criterion("oracle", "main"),
     "static+r32@0.97": _static("main", 32, mlp=0.97),
     "svd_whitened+r8@0.9": _criterion("svd_whitened", "main", stand_in=8),
-    "output+r8@0.9": _criterion("output", "main", stand_in=8),
-    "output+r32@0.9": _criterion("output", "main", stand_in=32),
+    "output+r8@0.9": _output("main", 8),
+    "output+r32@0.9": _output("main", 32),
     "static+r32@0.9": _static("main", 32),
 }
 _SCALE = {"untrained": Arm("scale", mlp=0.0, trainer="none"), "exact": Arm("scale", mlp=0.0)}
@@ -106,7 +110,7 @@ _MAPPING = {
 }
 _WARM_UP = {
     f"{name}@0.9, {share:.0%} dense": Arm("warmup", **arm, settings={"criterion": criterion, "start_step": share})
-    for name, criterion, arm in (("svd", "svd", {}), ("static+r8", "static", {"stand_in": 8}))
+    for name, criterion, arm in (("svd", "svd", {}), ("output+r8", "output", {"stand_in": 8}))
     for share in (0.0, 0.1, 0.2)
 }
 _CRITERIA = {f"{name}@0.9": _criterion(name, "criteria") for name in CRITERIA}
@@ -116,34 +120,28 @@ _CURVE = {
     for sparsity in (0.5, 0.75, 0.97, 0.99)
     for name, criterion, arm in (
         ("svd", "svd", {}),
-        ("oracle", "oracle", {}),
-        ("static+r8", "static", {"stand_in": 8}),
-        ("static+r32", "static", {"stand_in": 32}),
+        ("output+r8", "output", {"stand_in": 8}),
+        ("output+r32", "output", {"stand_in": 32}),
     )
 }
-_RANK = {f"static+r{rank}@0.9": _static("rank", rank) for rank in (1, 2, 4, 16, 32)}
+_RANK = {f"output+r{rank}@0.9": _output("rank", rank) for rank in (1, 2, 4, 16, 32)}
 _RANK |= {f"svd@0.9, rank {rank}": _criterion("svd", "rank", settings={"rank": rank}) for rank in (1, 2, 4, 16, 32)}
 _FAR = {
     "svd@0.9, inner layers": _criterion("svd", "far", span="inner"),
     "svd@0.9, all layers": _criterion("svd", "far", span="all"),
-    "static+r8@0.9, all layers": _static("far", 8, span="all"),
-    "static+r8, one channel": _static("far", 8, mlp=0.999),
-    "static+r32, one channel": _static("far", 32, mlp=0.999),
+    "output+r8@0.9, all layers": _output("far", 8, span="all"),
+    "output+r8, one channel": _output("far", 8, mlp=0.999),
+    "output+r32, one channel": _output("far", 32, mlp=0.999),
     "svd@0.9, attention 0.75": _criterion("svd", "far", attention=0.75),
-    "static+r8@0.9, attention 0.75": _static("far", 8, attention=0.75),
-    "output+r8@0.9, attention 0.5": _criterion("output", "far", stand_in=8, attention=0.5),
-    "output+r32@0.97, attention 0.5": _criterion("output", "far", stand_in=32, mlp=0.97, attention=0.5),
-    "output+r32@0.97": _criterion("output", "far", stand_in=32, mlp=0.97),
-    "output+r32@0.97, 8192 tokens": _criterion(
-        "output", "far", stand_in=32, mlp=0.97, settings={"calibration_tokens": 8192}
-    ),
-    "output+r8@0.9, 8192 tokens": _criterion("output", "far", stand_in=8, settings={"calibration_tokens": 8192}),
-    "output+r16@0.9": _criterion("output", "far", stand_in=16),
-    "static+r32@0.97, attention 0.75": _static("far", 32, mlp=0.97, attention=0.75),
+    "output+r8@0.9, attention 0.75": _output("far", 8, attention=0.75),
+    "output+r8@0.9, attention 0.5": _output("far", 8, attention=0.5),
+    "output+r32@0.97, attention 0.5": _output("far", 32, mlp=0.97, attention=0.5),
+    "output+r8@0.9, 8192 tokens": _output("far", 8, settings={"calibration_tokens": 8192}),
+    "output+r32@0.97, attention 0.75": _output("far", 32, mlp=0.97, attention=0.75),
 }
 _EQUAL_FLOPS = {  # 75 % context, 5 layers: about the dense run's linear FLOPs
     "svd@0.9, equal FLOPs": _criterion("svd", "equal FLOPs", longer=2.14),
-    "static+r8@0.9, equal FLOPs": _static("equal FLOPs", 8, longer=2.16),
+    "output+r8@0.9, equal FLOPs": _output("equal FLOPs", 8, longer=2.16),
     "svd_whitened+r8@0.9, equal FLOPs": _criterion("svd_whitened", "equal FLOPs", stand_in=8, longer=2.11),
 }
 _DEPTH = {
@@ -151,14 +149,14 @@ _DEPTH = {
     "svd@0.9, upper layers": _criterion("svd", "depth", span="upper"),
     "svd@0.9, rising": _criterion("svd", "depth", slope="rising"),
     "svd@0.9, falling": _criterion("svd", "depth", slope="falling"),
-    "static+r8@0.9, rising": _static("depth", 8, slope="rising"),
-    "static+r8@0.9, falling": _static("depth", 8, slope="falling"),
+    "output+r8@0.9, rising": _output("depth", 8, slope="rising"),
+    "output+r8@0.9, falling": _output("depth", 8, slope="falling"),
 }
 _TOKENS = {
     "svd@0.9, token rule label": _criterion("svd", "tokens", settings={"token_rule": "label"}),
     "svd@0.9, output tokens alone": _criterion("svd", "tokens", study="sparse_outputs_alone"),
     "svd@0.9, output tokens too": _criterion("svd", "tokens", study="sparse_outputs_too"),
-    "static+r8@0.9, output tokens too": _static("tokens", 8, study="sparse_outputs_too"),
+    "output+r8@0.9, output tokens too": _output("tokens", 8, study="sparse_outputs_too"),
     "svd@0.9, 64 tokens scored": _criterion("svd", "tokens", settings={"score_tokens": 64}),
     "svd@0.9, a set per sequence": _criterion("svd", "tokens", micro_batch=1),
     "svd@0.9, a set for 10 batches": _criterion("svd", "tokens", study="held_sets"),
@@ -175,8 +173,8 @@ _ATTENTION = {
     "svd attention@0.75, sliced branch": Arm("attention", mlp=0.0, attention=0.75, settings={"lora_branch": "sliced"}),
 }
 _ATTENTION |= {
-    f"output{f'+r{rank}' if rank else ''} attention@{sparsity}": _criterion(
-        "output", "attention", stand_in=rank, mlp=0.0, attention=sparsity
+    f"output{f'+r{rank}' if rank else ''} attention@{sparsity}": _output(
+        "attention", rank, mlp=0.0, attention=sparsity
     )
     for sparsity in (0.5, 0.75)
     for rank in (0, 8, 32)
