@@ -24,6 +24,7 @@ from .meter import Meter
 from .meter import Part as Metered
 from .modules.attention import AttentionHook
 from .modules.branch import SlicedInput, SlicedOutput
+from .modules.checkpointing import KeepAttention
 from .modules.classes import Patched, patch
 from .modules.detach import DetachHook
 from .modules.forward import ForwardHook
@@ -142,6 +143,7 @@ def attach(
         handle._hooks += CompactHook(handle.state).register(part_of(language_decoder(model), family, "norm"))
         _detach_lowest(handle)
         _lean_norms(handle, layers)
+        _keep_attention(handle)
     except BaseException:
         handle.restore()
         raise
@@ -263,6 +265,16 @@ def _lean_norms(handle: SparseLoraHandle, layers: list[Layer]) -> None:
         kind = type(part_of(language_decoder(handle.model), handle.family, "norm"))
         eps = causal_model(handle.model).config.get_text_config().to_dict().get("rms_norm_eps")
         handle._hooks.append(LeanNorms([layer.module for layer in layers], kind, eps))
+
+
+def _keep_attention(handle: SparseLoraHandle) -> None:
+    """Attention's results kept for recomputation, on a CPU."""
+    if "recomputation" not in handle.config.exact:
+        return
+    if handle.device.type == "cpu":
+        handle._hooks += KeepAttention(handle.state, handle.family).register(language_decoder(handle.model))
+    else:
+        handle.state.withheld["recomputation"] = "on a GPU it would save little time and cost memory"
 
 
 def _trained_below(model: nn.Module, layers: nn.Module, norm: nn.Module) -> str:

@@ -239,7 +239,8 @@ def layer_cost(
     closing = part.closing(compensation_rank)
     works = {group: _sum(group_products) for group, group_products in products.items()} | {"attention": part.core()}
     if checkpointing:
-        works = {group: work + Work(0.0, work.forward) for group, work in works.items()}
+        kept = {"attention"} if "recomputation" in exact else set()
+        works = {group: work if group in kept else work + Work(0.0, work.forward) for group, work in works.items()}
     # recomputation ends with the last tensor that backward needs, before a frozen product that closes the layer
     closing_again = checkpointing and "down_proj" in lora.targets
     last_work = _sum(closing)
@@ -362,7 +363,7 @@ def activation_bytes(
         batch: tokens by kind.
         lora: adapters.
         mlp_keep: MLP channels kept per layer, as in `step_cost`.
-        exact: exact savings; `last_layer` and `padding` shrink the MLP part.
+        exact: exact savings; `last_layer` and `padding` shrink the MLP part, `recomputation` keeps a matrix a layer.
         checkpointing: whether activations are recomputed.
         element: bytes of an activation.
     """
@@ -374,5 +375,6 @@ def activation_bytes(
         dense, sparse = part.rows("down_proj")
         layers.append(fixed + model.mlp_matrices * (dense * model.intermediate + sparse * (keep or 0)))
     if checkpointing:
-        return element * (model.layers * batch.tokens * model.hidden + max(layers))
+        stays = model.hidden + (model.query_width if "recomputation" in exact else 0)
+        return element * (model.layers * batch.tokens * stays + max(layers))
     return element * sum(layers)

@@ -127,6 +127,18 @@ def test_checkpointing_adds_a_forward_of_the_layers(adapted):
     assert again.bytes > plain.bytes
 
 
+def test_attention_is_not_computed_again_where_its_result_is_kept():
+    plain = step_cost(TINY, SMALL, NO_LORA)
+    again = step_cost(TINY, SMALL, NO_LORA, checkpointing=True)
+    kept = step_cost(TINY, SMALL, NO_LORA, checkpointing=True, exact=("recomputation",))
+    assert again.attention.backward == plain.attention.backward + plain.attention.forward
+    assert kept.attention == plain.attention
+    assert kept.projections == again.projections
+    options = {"checkpointing": True, "element": 1.0}
+    more = activation_bytes(TINY, SMALL, NO_LORA, exact=("recomputation",), **options)
+    assert more - activation_bytes(TINY, SMALL, NO_LORA, **options) == 3 * 10 * 8  # layers, tokens, width of queries
+
+
 def test_step_is_the_sum_of_its_layers():
     mlp, attention = [4, None, 4], [None, 2, 2]
     options = {"exact": ("last_layer", "frozen_below", "padding"), "rank": 2}

@@ -199,9 +199,8 @@ def cost_of(args: argparse.Namespace, variant: str, shape: ModelShape, handle: o
         return step_cost(shape, batch, lora, **common)
     config = variant_config(LIGER.get(variant, variant), sparse_settings(args))
     mlp_keep, attention_keep = keep_lists(config, shape)
-    return step_cost(
-        shape, batch, lora, mlp_keep=mlp_keep, attention_keep=attention_keep, exact=config.exact, **common
-    )
+    exact = sorted(set(config.exact) - handle.state.withheld.keys())
+    return step_cost(shape, batch, lora, mlp_keep=mlp_keep, attention_keep=attention_keep, exact=exact, **common)
 
 
 def rows_of(args: argparse.Namespace, argv: list[str]) -> Iterator[dict]:

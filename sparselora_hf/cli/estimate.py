@@ -73,6 +73,8 @@ def estimate(
     model: ModelShape, batch: BatchShape, lora: LoraShape, config: SparseLoraConfig, *, checkpointing: bool, head: str
 ) -> Estimate:
     """Cost of a dense step as TRL runs it, of one with the exact savings, and of a sparse one."""
+    if head == "labels":  # a GPU
+        config = config.replace(exact=tuple(name for name in config.exact if name != "recomputation"))
     mlp_keep, attention_keep = keep_lists(config, model)
     shared: dict[str, Any] = {"checkpointing": checkpointing, "head": head}
     keep = {"mlp_keep": mlp_keep, "attention_keep": attention_keep}

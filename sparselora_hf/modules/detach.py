@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..state import SparseState
+from .checkpointing import is_reentrant
 
 __all__ = ["DetachHook"]
 
@@ -25,13 +26,6 @@ class DetachHook:
     @torch.compiler.disable
     def __call__(self, module: nn.Module, args: tuple) -> tuple | None:
         """Replace the layer's hidden states, its first argument."""
-        if self.state.batch is None or not args or _is_reentrant(module):
+        if self.state.batch is None or not args or is_reentrant(module):
             return None
         return (args[0].detach(), *args[1:])
-
-
-def _is_reentrant(layer: nn.Module) -> bool:
-    """Whether the layer is checkpointed the reentrant way, which has no backward without an input gradient."""
-    if not getattr(layer, "gradient_checkpointing", False):
-        return False
-    return layer._gradient_checkpointing_func.keywords.get("use_reentrant", True)
