@@ -30,6 +30,7 @@ from .modules.detach import DetachHook
 from .modules.forward import ForwardHook
 from .modules.layout import TrainingLayout
 from .modules.linear import SparseLinear
+from .modules.mask import MaskHook
 from .modules.mlp import SparseMlp
 from .modules.norm import CompactHook
 from .modules.recall import RecallHooks
@@ -136,6 +137,7 @@ def attach(
     try:
         handle._hooks.append(TrainingLayout(model))
         attentions = [layer.attention for layer in layers]
+        handle._hooks += MaskHook(handle.state).register(language_decoder(model))
         handle._hooks += RecallHooks(handle.state).register(language_decoder(model), attentions)
         for layer, part, decision in plans:
             _patch_part(handle, layer, part, decision, last=layer.number == len(layers) - 1)

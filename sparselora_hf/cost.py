@@ -204,8 +204,14 @@ class _Layer:
         return factors + [_Product(attention, hidden, rank, 0), _Product(attention, rank, rank, 0)] * 3
 
     def core(self) -> Work:
-        """QKᵀ and AV over the causal half; backward has two products for each, and fused kernels form QKᵀ again."""
-        pairs = self.batch.batch * self.batch.sequence * (self.batch.sequence + 1) / 2
+        """QKᵀ and AV over the causal half; backward has two products for each, and fused kernels form QKᵀ again.
+
+        With the mask that padded rows come with, PyTorch's kernels compute the whole square.
+        """
+        masked = self.batch.padding and "padding" not in self.exact
+        pairs = (
+            self.batch.batch * self.batch.sequence * (self.batch.sequence if masked else (self.batch.sequence + 1) / 2)
+        )
         product = 2.0 * pairs * self.model.query_width
         return Work(2.0 * product, 5.0 * product)
 

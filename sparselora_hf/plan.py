@@ -29,6 +29,7 @@ class TokenPlan:
         groups: number of different ones in `sequence`.
         targets: for each loss row the label it predicts.
         loss_in_context: whether a context row enters the loss, as the token rule ``label`` has it.
+        right_padded: whether all that an attention mask hides is padding behind the last token of its sequence.
     """
 
     shape: tuple[int, int]
@@ -41,6 +42,7 @@ class TokenPlan:
     groups: int
     targets: torch.Tensor
     loss_in_context: bool
+    right_padded: bool = False
 
     @classmethod
     def from_batch(
@@ -104,8 +106,8 @@ class TokenPlan:
         if attention_mask is not None and attention_mask.shape != output.shape:
             attention_mask = None  # a 4-D mask says nothing about padding: every token counts
         starts = _starts(output.shape, position_ids)
-        real = ~_lone(starts) if attention_mask is None else attention_mask.detach().cpu() != 0
-        real |= output | predicts
+        shown = ~_lone(starts) if attention_mask is None else attention_mask.detach().cpu() != 0
+        real = shown | output | predicts
         is_context = real & ~output
         context, loss = _rows(is_context), _rows(predicts)
         sequence = (starts.flatten().cumsum(0) - 1)[context]
@@ -120,6 +122,7 @@ class TokenPlan:
             groups=len(sequence.unique_consecutive()),
             targets=targets.flatten()[loss],
             loss_in_context=bool((predicts & ~output).any()),
+            right_padded=attention_mask is not None and torch.equal(real, shown) and _falls(shown),
         )
 
     @property
@@ -152,6 +155,11 @@ class TokenPlan:
 
 def _rows(mask: torch.Tensor) -> torch.Tensor:
     return mask.flatten().nonzero().squeeze(1)
+
+
+def _falls(mask: torch.Tensor) -> bool:
+    """Whether no row of a mask goes up again."""
+    return bool((mask[:, 1:] <= mask[:, :-1]).all())
 
 
 def _starts(shape: torch.Size, position_ids: torch.Tensor | None) -> torch.Tensor:

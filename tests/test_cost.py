@@ -61,7 +61,7 @@ def test_dense_layer_groups():
     cost = layer_cost(TINY, SMALL, LoraShape(2), layer=1)
     assert cost.mlp.forward == 2 * 10 * 3 * 8 * 20
     assert cost.projections.forward == 2 * 10 * (8 * 8 + 8 * 4 + 8 * 4 + 8 * 8)
-    assert cost.attention.forward == 2 * 2 * (10 * 11 / 2) * 8
+    assert cost.attention.forward == 2 * 2 * (10 * 10) * 8  # padded rows come with a mask
     assert cost.lora.forward == 2 * 10 * 2 * ((8 + 8) + (8 + 4) + (8 + 4) + (8 + 8))
     assert cost.mlp.backward == cost.mlp.forward
     assert cost.lora.backward == 2 * cost.lora.forward
@@ -102,6 +102,7 @@ def test_exact_last_layer():
 
 def test_exact_padding_and_frozen_below():
     assert layer_cost(TINY, SMALL, NO_LORA, 1, exact=("padding",)).mlp.forward == 2 * 8 * 3 * 8 * 20
+    assert layer_cost(TINY, SMALL, NO_LORA, 1, exact=("padding",)).attention.forward == 2 * 2 * (10 * 11 / 2) * 8
     first = layer_cost(TINY, SMALL, NO_LORA, 0, exact=("frozen_below",))
     assert first.projections.backward == 2 * 10 * 8 * 8  # o alone passes a gradient on
     assert first.mlp.backward == first.mlp.forward
