@@ -153,7 +153,7 @@ def test_gaps_are_paired_by_seed(tables, tmp_path):
     assert gap.percent == pytest.approx(100 * 0.2 / (7 / 3))
     assert gap.seeds == 3
     assert tables.quality_rows(rows, "s", 4)[1] == [["sparse", "+0.2000 ± 0.2484", "+8.57", "50%", "40%", "3"]]
-    tables.draw(rows, "s", 4, tmp_path / "gaps.png")
+    tables.draw_frontier(rows, {("s", 4): "a panel"}, tmp_path / "gaps.png")
     assert (tmp_path / "gaps.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -168,8 +168,14 @@ def test_a_single_seed_has_no_interval(tables):
     rows = [row("dense", 0, 1.0, exact_match="90.0"), row("sparse", 0, 1.01, exact_match="88.5", flops="")]
     (gap,) = tables.gaps(rows)
     assert gap.half_width is None
-    assert gap.match == pytest.approx(-1.5)
+    assert gap.match == "-1.5"
     assert gap.flops is None
+
+
+def test_exact_match_has_an_interval_over_seeds(tables):
+    rows = [row("dense", seed, 1.0, exact_match="90.0") for seed in (0, 1)]
+    rows += [row("sparse", seed, 1.0, exact_match=match) for seed, match in enumerate(("90.0", "89.0"))]
+    assert tables.gaps(rows)[0].match == "-0.5 ± 6.4"  # 12.706 * 0.7071 / 2 ** 0.5
 
 
 @pytest.fixture

@@ -18,6 +18,12 @@ from rich.table import Table
 
 RESULTS = Path(__file__).parent / "results"
 BASELINE = "dense"
+FRONTIER = ("random", "svd", "oracle", "output", "output+r8", "output+r32")  # methods that the picture compares
+PANELS = {
+    ("babyllama361", 80): "75 % context",
+    ("babyllama361-90", 80): "90 % context",
+    ("babyllama361-97", 80): "97 % context",
+}
 # two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom; beyond the last it is the safe choice
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 
@@ -29,8 +35,8 @@ class Gap:
     Attributes:
         mean: of held-out loss less dense LoRA's with the same seed.
         half_width: of the 95 % interval of the mean; None with a single seed.
-        percent: the mean as a share of dense LoRA's mean loss.
-        match: mean difference of exact match in points; None where the subject has no answers.
+        dense: dense LoRA's mean loss.
+        match: difference of exact match in points, as a table has it; empty where the subject has no answers.
         flops: share of the dense linear FLOPs, the dense warm-up steps counted; None where not known.
         flops_sparse: the same for a sparse step.
         seeds: how many there are.
@@ -41,11 +47,16 @@ class Gap:
     arm: str
     mean: float
     half_width: float | None
-    percent: float
-    match: float | None
+    dense: float
+    match: str
     flops: float | None
     flops_sparse: float | None
     seeds: int
+
+    @property
+    def percent(self) -> float:
+        """The mean as a share of dense LoRA's loss."""
+        return 100 * self.mean / self.dense
 
     @property
     def interval(self) -> str:
@@ -89,8 +100,8 @@ def _gap(subject: str, steps: int, arm: str, own: list[dict[str, str]], dense: l
         arm=arm,
         mean=mean,
         half_width=half_width(differences),
-        percent=100 * mean / statistics.mean(float(row["heldout_loss"]) for row in dense),
-        match=statistics.mean(_differences(own, dense, "exact_match")) if own[0]["exact_match"] else None,
+        dense=statistics.mean(float(row["heldout_loss"]) for row in dense),
+        match=_points(_differences(own, dense, "exact_match")) if own[0]["exact_match"] else "",
         flops=_mean(own, "flops"),
         flops_sparse=_mean(own, "flops_sparse"),
         seeds=len(own),
@@ -99,6 +110,11 @@ def _gap(subject: str, steps: int, arm: str, own: list[dict[str, str]], dense: l
 
 def _differences(own: list[dict[str, str]], dense: list[dict[str, str]], name: str) -> list[float]:
     return [float(a[name]) - float(b[name]) for a, b in zip(own, dense, strict=True)]
+
+
+def _points(differences: list[float]) -> str:
+    width = half_width(differences)
+    return f"{statistics.mean(differences):+.1f}" + ("" if width is None else f" ± {width:.1f}")
 
 
 def _mean(rows: list[dict[str, str]], name: str) -> float | None:
@@ -128,8 +144,7 @@ def quality_rows(
 
 def _line(gap: Gap) -> list[str]:
     shares = ["" if share is None else f"{share:.0%}" for share in (gap.flops, gap.flops_sparse)]
-    match = "" if gap.match is None else f"{gap.match:+.1f}"
-    return [gap.arm, gap.interval, f"{gap.percent:+.2f}", match, *shares, str(gap.seeds)]
+    return [gap.arm, gap.interval, f"{gap.percent:+.2f}", gap.match, *shares, str(gap.seeds)]
 
 
 def estimator_rows(
@@ -154,28 +169,36 @@ def estimator_rows(
     return ["estimator", *(f"{checkpoint}, {text}, {sparsity}" for checkpoint, text, sparsity in columns)], body
 
 
-def draw(rows: list[dict[str, str]], subject: str, steps: int, path: Path) -> None:
-    """Write a picture: gap with interval against the share of linear FLOPs, a colour for each method."""
+def draw_frontier(rows: list[dict[str, str]], panels: dict[tuple[str, int], str], path: Path) -> None:
+    """Write a picture: gap in percent with its interval against the share of linear FLOPs, a colour for each method.
+
+    Args:
+        rows: of the CSV.
+        panels: title of each panel by subject and steps.
+        path: PNG file.
+    """
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, plot = pyplot.subplots(figsize=(6.5, 4.2))
-    methods: dict[str, list[Gap]] = defaultdict(list)
-    for gap in gaps(rows):
-        if (gap.subject, gap.steps) == (subject, steps) and gap.flops is not None and gap.flops < 1:
-            methods[gap.arm.split("@")[0].split(",")[0]].append(gap)
-    for method, points in methods.items():
-        flops, means = [100 * gap.flops for gap in points], [gap.mean for gap in points]
-        plot.errorbar(flops, means, [gap.half_width or 0.0 for gap in points], fmt="o", capsize=3, label=method)
-    plot.axhline(0.0, color="0.6", linewidth=1)
-    plot.set_xlabel("linear FLOPs of the run, % of dense")
-    plot.set_ylabel("held-out loss above dense LoRA's")
-    plot.set_title(f"{subject}, {steps} steps", fontsize=9)
-    plot.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    found = gaps(rows)
+    figure, plots = pyplot.subplots(
+        1, len(panels), figsize=(4.2 * len(panels), 4), squeeze=False, layout="constrained"
+    )
+    for plot, (key, title) in zip(plots[0], panels.items(), strict=True):
+        for number, method in enumerate(FRONTIER):
+            points = [g for g in found if (g.subject, g.steps) == key and g.arm.split("@")[0] == method and g.flops]
+            points = sorted((g for g in points if "," not in g.arm), key=lambda gap: gap.flops)
+            flops, percents = [100 * gap.flops for gap in points], [gap.percent for gap in points]
+            spans = [100 * (gap.half_width or 0.0) / gap.dense for gap in points]
+            plot.errorbar(flops, percents, spans, fmt="o-", capsize=3, label=method, color=f"C{number}")
+        plot.axhline(0.0, color="0.6", linewidth=1)
+        plot.set(
+            title=title, xlabel="linear FLOPs of the run, % of dense", ylabel="held-out loss above dense LoRA's, %"
+        )
+    plots[0][0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
 
@@ -201,8 +224,9 @@ def main(argv: list[str] | None = None) -> int:
         for subject, steps in dict.fromkeys((gap.subject, gap.steps) for gap in gaps(rows, args.against)):
             table = quality_rows(rows, subject, steps, baseline=args.against)
             console.print(rich_table(f"{subject}, {steps} steps", *table))
-            if steps and args.against == BASELINE:
-                draw(rows, subject, steps, args.output_dir / f"{args.csv.stem}-{subject}-{steps}.png")
+        panels = {key: title for key, title in PANELS.items() if any(key == (g.subject, g.steps) for g in gaps(rows))}
+        if panels:
+            draw_frontier(rows, panels, args.output_dir / f"{args.csv.stem}-frontier.png")
     if args.estimators.exists():
         for part in ("mlp", "qk", "vo"):
             header, body = estimator_rows(read(args.estimators), part)

@@ -11,7 +11,8 @@ import re
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 from accuracy_table import estimator_rows, quality_rows
@@ -25,6 +26,17 @@ NOT_YET = "Not yet measured."
 SETTING = ("model", "sequence", "output", "batch", "fill", "checkpointing")  # of a CSV's rows
 VARIANTS = {"exact": "exact savings alone", "sparse": "SparseLoRA", "sparse_no_exact": "without exact savings"}
 
+_MAIN = ("output+r8@0.9", "static+r8@0.9", "svd_whitened+r8@0.9", "output@0.9", "oracle@0.9", "svd@0.9")
+_FAR = ("output+r32@0.97", "static+r32@0.97", "output+r8@0.9", "output+r8@0.9, attention 0.75")
+_ATTENTION = tuple(
+    f"{name} attention@{s}" for s in ("0.5", "0.75") for name in ("output+r32", "output+r8", "output", "svd")
+)
+WORLD = ("output+r8@0.9", "static+r8@0.9", "svd@0.9", "random@0.9")
+STUDIES = {  # subject, steps and settings of a table of trainings
+    "quality": ("babyllama361", 80, (*_MAIN, "svd_mean@0.9", "random@0.9")),
+    "quality-97": ("babyllama361-97", 80, (*_FAR, "output+r32@0.97, attention 0.75", "svd@0.9")),
+    "quality-attention": ("babyllama361", 80, _ATTENTION),
+}
 Rows = list[dict[str, str]]
 
 
@@ -143,13 +155,37 @@ def family_rows() -> str:
     return markdown(["can be sparse", "families"], ([sparse, "; ".join(names)] for sparse, names in rows))
 
 
-def quality_table(name: str, subject: str, steps: int) -> str:
-    """Held-out loss above dense LoRA's of the accuracy study's settings."""
-    rows = read(name)
+def quality_table(name: str, subject: str, steps: int, arms: Sequence[str] = ()) -> str:
+    """Held-out loss above dense LoRA's of some settings of the accuracy study, or of all."""
+    rows = [row for row in read(name) if (row["subject"], row["steps"]) == (subject, str(steps))]
+    rows = [row for row in rows if row["arm"] in (*arms, "dense") or (not arms and row["arm"] != "untrained")]
     if not rows:
         return NOT_YET
-    header, body = quality_rows(rows, subject, steps)
-    return markdown(header, [line for line in body if line[0] != "untrained"]) + footnote(rows)
+    return markdown(*quality_rows(rows, subject, steps, list(arms) or None)) + footnote(rows)
+
+
+def mapping_table() -> str:
+    """The reference's channel mapping against this package's, a line for each sparsity of attention."""
+    rows = [row for row in read("accuracy-cpu.csv") if row["subject"] == "babyllama361" and row["steps"] == "80"]
+    body, used = [], []
+    for sparsity in ("0.5", "0.75"):
+        ours = f"svd attention@{sparsity}"
+        theirs = f"{ours}, reference mapping"
+        header, lines = quality_rows(rows, "babyllama361", 80, [theirs], baseline=ours)
+        body += lines
+        used += [row for row in rows if row["arm"] in (ours, theirs)]
+    if not body:
+        return NOT_YET
+    header[1] = "gap to the right mapping"
+    return markdown(header, body) + footnote(used)
+
+
+def exact_match_table() -> str:
+    """Exact match of the text world's questions, against dense LoRA's."""
+    header, body = quality_rows(read("accuracy-cpu.csv"), "world", 70, list(WORLD))
+    shown = [header.index(name) for name in ("setting", "exact match", "linear FLOPs", "of a sparse step", "seeds")]
+    rows = [row for row in read("accuracy-cpu.csv") if row["subject"] == "world" and row["arm"] in (*WORLD, "dense")]
+    return markdown([header[i] for i in shown], [[line[i] for i in shown] for line in body]) + footnote(rows)
 
 
 def estimators_table() -> str:
@@ -168,14 +204,16 @@ TABLES = {
     "estimators": estimators_table,
     "families": family_rows,
     "grid": grid_table,
-    "quality": lambda: quality_table("accuracy-cpu.csv", "babyllama361", 80),
-    "quality-qlora": lambda: quality_table("accuracy-qlora-cpu.csv", "babyllama361-stories-nf4", 200),
     "quickstart": quickstart_table,
     "step": lambda: step_table("step-cpu.csv"),
     "step-dora": lambda: step_table("step-dora-cpu.csv"),
     "step-gpu": lambda: step_table("step-cuda.csv"),
     "step-qlora": lambda: step_table("step-qlora-cpu.csv"),
     "versions": version_rows,
+    "mapping": mapping_table,
+    "quality-qlora": partial(quality_table, "accuracy-qlora-cpu.csv", "babyllama361-stories-nf4", 200),
+    "quality-world": exact_match_table,
+    **{name: partial(quality_table, "accuracy-cpu.csv", *study) for name, study in STUDIES.items()},
 }
 
 
