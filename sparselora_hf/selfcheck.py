@@ -3,7 +3,7 @@
 A module may look like an MLP and do something else inside (a clamp, another order of gate and up, a dropout that the
 family's row does not mention). Such a part is found here, before it trains anything. The channels are drawn at random,
 the same for every layer; what a module does to the others alone, or to outputs larger than so few channels give, is
-not seen. All channels would copy every weight: 20 s for Llama-3-8B on a core that takes 0.8 s for this.
+not seen. All channels would copy every weight: 0.6 s for a layer of Llama-3-8B in bf16 on one core, this takes 0.07 s.
 """
 
 import dataclasses

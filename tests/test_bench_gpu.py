@@ -71,7 +71,7 @@ def test_every_line_of_the_gpu_run_is_understood(bench, gpu_sh, smoke):
     once = [names for key, names in subjects.items() if key[0] == "step-cuda.csv"]
     assert once == [[["sft", "sparse"]]] * 6
     assert [names for key, names in subjects.items() if key[0] == "step-liger-cuda.csv"] == [
-        [["sft_liger"], ["sparse_liger"]]
+        [["sft_liger", "sparse_liger"]]
     ]
 
 

@@ -76,10 +76,8 @@ step code 55 code $large ${batch/8/6} $turns
 step wizard 55 wizard $large ${batch/8/2} $turns
 # the SVD of every weight, cold and cached
 run attach 60 "$python" recipes/bench/attach.py --device "$device" --csv "$out/attach-$device.csv" $attach
-# against SFTTrainer with fused layer kernels: each alone, since they change transformers for the whole process
-for variant in $liger; do
-  step "math-$variant" 60 math $large $batch $turns --variants "$variant" --csv "$out/step-liger-$device.csv"
-done
+# against SFTTrainer with fused layer kernels, which change transformers for the whole process
+[ -n "$liger" ] && step math-liger 75 math $large $batch $turns --variants $liger --csv "$out/step-liger-$device.csv"
 # a stand-in in every layer, whatever quality it has; a small model; a small batch
 step csr-stand-in 75 csr $large $batch $turns --sparse "$all" --csv "$out/step-stand-in-$device.csv"
 step 1b 35 wizard $small ${batch/8/2} $turns

@@ -23,6 +23,7 @@ from sparselora_hf.versions import SUPPORTED
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[2] / "README.md"
 NOT_YET = "Not yet measured."
+CLOCKS = {"wall": "", "processor": "_cpu"}
 SETTING = ("model", "sequence", "output", "batch", "fill", "checkpointing")  # of a CSV's rows
 VARIANTS = {"exact": "exact savings alone", "sparse": "SparseLoRA", "sparse_no_exact": "without exact savings"}
 
@@ -146,6 +147,19 @@ def quickstart_table() -> str:
     return markdown(header, body) + f"\n\nSFTTrainer / SparseLoraTrainer; {reports[0]['device']}; {versions}."
 
 
+def attach_table(name: str) -> str:
+    """Seconds to make a model sparse, a line for each measurement."""
+    rows = read(name)
+    if not rows:
+        return NOT_YET
+    header = ["model", "layers measured", "sparse parts", "on", "clock", "without a cache, s", "from the cache, s"]
+    body = []
+    for row in rows:
+        start = [row["model"], f"{row['layers']} of {row['of']}", row["sparse_parts"], row["device"]]
+        body += [[*start, clock, row[f"cold{suffix}"], row[f"cached{suffix}"]] for clock, suffix in CLOCKS.items()]
+    return markdown(header, body) + footnote(rows)
+
+
 def family_rows() -> str:
     """What can be sparse, and in which families."""
     groups: dict[str, list[str]] = defaultdict(list)
@@ -201,6 +215,8 @@ def version_rows() -> str:
 
 
 TABLES = {
+    "attach": lambda: attach_table("attach-cpu.csv"),
+    "attach-gpu": lambda: attach_table("attach-cuda.csv"),
     "estimators": estimators_table,
     "families": family_rows,
     "grid": grid_table,
