@@ -136,8 +136,11 @@ _FAR = {
     "output+r8@0.9, attention 0.75": _output("far", 8, attention=0.75),
     "output+r8@0.9, attention 0.5": _output("far", 8, attention=0.5),
     "output+r32@0.97, attention 0.5": _output("far", 32, mlp=0.97, attention=0.5),
-    "output+r8@0.9, 8192 tokens": _output("far", 8, settings={"calibration_tokens": 8192}),
     "output+r32@0.97, attention 0.75": _output("far", 32, mlp=0.97, attention=0.75),
+}
+_SAMPLE = {  # rows of dense steps per layer; the hidden width is 128
+    f"output+r8@0.9, {tokens} tokens": _output("sample", 8, settings={"calibration_tokens": tokens})
+    for tokens in (64, 256, 8192)
 }
 _EQUAL_FLOPS = {  # 75 % context, 5 layers: about the dense run's linear FLOPs
     "svd@0.9, equal FLOPs": _criterion("svd", "equal FLOPs", longer=2.14),
@@ -188,6 +191,7 @@ _GROUPS = (
     _CURVE,
     _RANK,
     _FAR,
+    _SAMPLE,
     _EQUAL_FLOPS,
     _DEPTH,
     _TOKENS,
