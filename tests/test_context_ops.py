@@ -3,6 +3,7 @@ import torch
 from torch.autograd import gradcheck
 from torch.nn import functional as F
 
+from sparselora_hf.ops import context
 from sparselora_hf.ops.context import add_stand_in, context_linear
 from sparselora_hf.ops.rows import fork_rows, overlay_rows
 
@@ -53,9 +54,11 @@ def test_alone(rows, over_outputs, biased, poison):
     assert gradcheck(op, x)
 
 
+@pytest.mark.parametrize("share", [2.0, 0.0], ids=["taken out", "over all rows"])
 @pytest.mark.parametrize("over_outputs", [True, False], ids=["outputs", "inputs"])
-def test_joined_with_dense_rows(rows, over_outputs, poison):
+def test_joined_with_dense_rows(rows, over_outputs, share, poison, monkeypatch):
     """As a sparse linear uses it: nothing that was never written comes through, in either direction."""
+    monkeypatch.setattr(context, "_IN_PLACE", share)
     weight, index, mask, bias = case(over_outputs, True)
     covered = len(rows[0]) + len(rows[1])
 
