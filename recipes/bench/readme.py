@@ -148,15 +148,19 @@ def quickstart_table() -> str:
 
 
 def attach_table(name: str) -> str:
-    """Seconds to make a model sparse, a line for each measurement."""
+    """Seconds to make a model sparse, a line for each setting and clock."""
     rows = read(name)
     if not rows:
         return NOT_YET
+    settings: dict[tuple[str, ...], Rows] = defaultdict(list)
+    for row in rows:
+        settings[row["model"], f"{row['layers']} of {row['of']}", row["sparse_parts"], row["device"]].append(row)
     header = ["model", "layers measured", "sparse parts", "on", "clock", "without a cache, s", "from the cache, s"]
     body = []
-    for row in rows:
-        start = [row["model"], f"{row['layers']} of {row['of']}", row["sparse_parts"], row["device"]]
-        body += [[*start, clock, row[f"cold{suffix}"], row[f"cached{suffix}"]] for clock, suffix in CLOCKS.items()]
+    for setting, same in settings.items():
+        for clock, suffix in CLOCKS.items():
+            figures = [spread([float(row[kind + suffix]) for row in same], "") for kind in ("cold", "cached")]
+            body.append([*setting, clock, *figures])
     return markdown(header, body) + footnote(rows)
 
 
