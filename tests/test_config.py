@@ -183,9 +183,12 @@ def test_default_fits_any_depth(depth):
     assert config.is_sparse == (depth >= 3)
 
 
-@pytest.mark.parametrize(("hidden", "rank"), [(64, 8), (1024, 64), (4096, 256), (8192, 256)])
-def test_default_rank_grows_with_the_width(hidden, rank):
-    assert SparseLoraConfig.default(32, hidden).compensation_rank == rank
+@pytest.mark.parametrize(
+    ("hidden", "rank", "tokens"), [(64, 8, 2048), (1024, 64, 2048), (4096, 256, 4096), (8192, 256, 8192)]
+)
+def test_default_rank_and_sample_grow_with_the_width(hidden, rank, tokens):
+    config = SparseLoraConfig.default(32, hidden)
+    assert (config.compensation_rank, config.calibration_tokens) == (rank, tokens)
 
 
 @pytest.mark.parametrize(

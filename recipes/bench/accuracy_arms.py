@@ -140,7 +140,7 @@ _FAR = {
 }
 _SAMPLE = {  # rows of dense steps per layer; the hidden width is 128
     f"output+r8@0.9, {tokens} tokens": _output("sample", 8, settings={"calibration_tokens": tokens})
-    for tokens in (64, 256, 8192)
+    for tokens in (64, 128, 256, 8192)
 }
 _EQUAL_FLOPS = {  # 75 % context, 5 layers: about the dense run's linear FLOPs
     "svd@0.9, equal FLOPs": _criterion("svd", "equal FLOPs", longer=2.14),
