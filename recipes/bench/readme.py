@@ -33,9 +33,17 @@ _ATTENTION = tuple(
     f"{name} attention@{s}" for s in ("0.5", "0.75") for name in ("output+r32", "output+r8", "output", "svd")
 )
 WORLD = ("output+r8@0.9", "static+r8@0.9", "svd@0.9", "random@0.9")
+_FINDINGS = (
+    *(f"svd@0.9, {how}" for how in ("upper layers", "lower layers", "rising")),
+    "svd@0.9",
+    *(f"svd@0.9, {how}" for how in ("falling", "output tokens alone", "output tokens too", "token rule label")),
+    *(f"svd@0.9, {how}" for how in ("64 tokens scored", "a set per sequence", "a set for 10 batches")),
+    "output+r8@0.9, output tokens too",
+)
 STUDIES = {  # subject, steps and settings of a table of trainings
     "quality": ("babyllama361", 80, (*_MAIN, "svd_mean@0.9", "random@0.9")),
     "quality-97": ("babyllama361-97", 80, (*_FAR, "output+r32@0.97, attention 0.75", "svd@0.9")),
+    "quality-findings": ("babyllama361", 80, _FINDINGS),
     "quality-attention": ("babyllama361", 80, _ATTENTION),
 }
 Rows = list[dict[str, str]]
