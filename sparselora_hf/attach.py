@@ -22,6 +22,7 @@ from .handle import Decision, SparseLoraHandle
 from .kernels.runtime import blocker
 from .meter import Meter
 from .meter import Part as Metered
+from .modules.adapter import lean_adapters
 from .modules.attention import AttentionHook
 from .modules.branch import SlicedInput, SlicedOutput
 from .modules.checkpointing import KeepAttention
@@ -34,7 +35,7 @@ from .modules.mask import MaskHook
 from .modules.mlp import SparseMlp
 from .modules.norm import CompactHook
 from .modules.recall import RecallHooks
-from .modules.rms import LeanNorms
+from .modules.rms import lean_norms
 from .parts import Part, attention_part, decide, mlp_part
 from .placement import check_weights
 from .selfcheck import difference
@@ -144,7 +145,7 @@ def attach(
         handle._hooks += ForwardHook(handle.state).register(*_entrances(model))
         handle._hooks += CompactHook(handle.state).register(part_of(language_decoder(model), family, "norm"))
         _detach_lowest(handle)
-        _lean_norms(handle, layers)
+        _make_lean(handle, layers)
         _keep_attention(handle)
     except BaseException:
         handle.restore()
@@ -261,12 +262,15 @@ def _detach_lowest(handle: SparseLoraHandle) -> None:
         handle._hooks += DetachHook(handle.state).register(lowest)
 
 
-def _lean_norms(handle: SparseLoraHandle, layers: list[Layer]) -> None:
-    """Norms of the layers with a lean backward pass."""
+def _make_lean(handle: SparseLoraHandle, layers: list[Layer]) -> None:
+    """Norms and adapters of the layers in fewer passes over memory."""
     if "norms" in handle.config.exact:
         kind = type(part_of(language_decoder(handle.model), handle.family, "norm"))
         eps = causal_model(handle.model).config.get_text_config().to_dict().get("rms_norm_eps")
-        handle._hooks.append(LeanNorms([layer.module for layer in layers], kind, eps))
+        handle._hooks.append(lean_norms([layer.module for layer in layers] if eps else [], kind, eps))
+    if "adapters" in handle.config.exact:
+        views = (AttentionView.of(layer.attention, handle.family) for layer in layers)
+        handle._hooks.append(lean_adapters(module for view in views for module in view.modules.values()))
 
 
 def _keep_attention(handle: SparseLoraHandle) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["Patched", "link_of", "patch", "unpatch"]
+__all__ = ["Patched", "Patches", "link_of", "patch", "unpatch"]
 
 _LINK = "_sparselora"
 _FORWARD = "_sparselora_forward"
@@ -68,3 +68,20 @@ def unpatch(module: nn.Module) -> None:
 def link_of(module: nn.Module) -> Any:
     """The link that `patch` left on a module."""
     return module.__dict__[_LINK]
+
+
+class Patches:
+    """Modules that exact savings patched, beside the sparse ones."""
+
+    def __init__(self) -> None:
+        self.modules: list[nn.Module] = []
+
+    def add(self, module: nn.Module, mixin: type, link: object = None) -> None:
+        """Patch one more."""
+        patch(module, mixin, link)
+        self.modules.append(module)
+
+    def remove(self) -> None:
+        """Give all of them their class back."""
+        while self.modules:
+            unpatch(self.modules.pop())

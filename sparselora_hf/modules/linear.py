@@ -30,7 +30,9 @@ class SparseLinear(Patched):
         y_dense = self.dense_forward(few, *args, **kwargs)
         # a 4-bit linear computes in a type of its own and answers in that of its input
         y = self._context(whole, rows).to(y_dense.dtype)
-        return overlay_rows(y, y_dense, rows.dense, apart=True).view(*x.shape[:-1], y.shape[-1])
+        y = overlay_rows(y, y_dense, rows.dense, apart=True)
+        # as a linear does it: an adapter's branch may be added in place, which on a view would copy gradients
+        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
 
     def _context(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
         """All rows ``[T, out]``, of which the context rows alone are computed."""

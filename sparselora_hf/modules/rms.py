@@ -12,9 +12,9 @@ from torch import nn
 
 from ..distributed import whole_weights
 from ..ops.rms import lean_rms_norm
-from .classes import Patched, link_of, patch, unpatch
+from .classes import Patched, Patches, link_of
 
-__all__ = ["LeanNorms"]
+__all__ = ["lean_norms"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,27 +49,23 @@ class _LeanNorm(Patched):
         return lean_rms_norm(x, self.dense_forward, self.weight, formula.offset, formula.eps)
 
 
-class LeanNorms:
-    """Makes the RMSNorms of a decoder's layers lean, those of queries and keys too.
+def lean_norms(layers: Iterable[nn.Module], kind: type[nn.Module], eps: float) -> Patches:
+    """Make the RMSNorms of a decoder's layers lean, those of queries and keys too.
 
     Args:
         layers: decoder layers.
         kind: class of the decoder's final norm, by which the others are known.
-        eps: as the model's configuration has it; None where it has none, and no RMSNorm then.
+        eps: as the model's configuration has it.
+
+    Returns:
+        What undoes it.
     """
-
-    def __init__(self, layers: Iterable[nn.Module], kind: type[nn.Module], eps: float | None) -> None:
-        self.patched: list[nn.Module] = []
-        for layer in layers if eps is not None else ():
-            with whole_weights(layer), torch.no_grad():
-                for norm, formula in _lean(layer, kind, eps):
-                    patch(norm, _LeanNorm, formula)
-                    self.patched.append(norm)
-
-    def remove(self) -> None:
-        """Give the norms their class back."""
-        while self.patched:
-            unpatch(self.patched.pop())
+    patches = Patches()
+    for layer in layers:
+        with whole_weights(layer), torch.no_grad():
+            for norm, formula in _lean(layer, kind, eps):
+                patches.add(norm, _LeanNorm, formula)
+    return patches
 
 
 def _lean(layer: nn.Module, kind: type[nn.Module], eps: float) -> Iterator[tuple[nn.Module, _Formula]]:
