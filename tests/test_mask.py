@@ -64,6 +64,14 @@ def test_attention_of_right_padded_rows_has_no_mask(batch, want):
         assert masked(model, batch) == 3 * [True]
 
 
+def test_16_bit_types_keep_the_mask():
+    model, batch = lora_model(), make_batch()
+    with sparsify(model, PADDING):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert masked(model, batch) == 3 * [True]
+        assert masked(model.bfloat16(), batch) == 3 * [True]
+
+
 def test_packed_rows_keep_their_documents_apart():
     model = lora_model()
     batch = flatten_batch(make_batch())
