@@ -1,6 +1,7 @@
 """The accuracy study: held-out loss of LoRA after training with `SFTTrainer`, and with every setting of sparsity.
 
     python recipes/bench/accuracy.py --subjects babyllama361 --arms main --seeds 0 1 2 3 4
+    python recipes/bench/accuracy.py --device cuda --subjects world-50m
     python recipes/bench/accuracy.py --list
     python recipes/bench/accuracy_table.py
 
@@ -44,13 +45,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--arms", nargs="+", default=["main"], help="arms or groups of arms")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(5)))
     parser.add_argument("--steps", type=int, help="optimizer steps in place of the subject's own")
-    parser.add_argument("--csv", type=Path, default=RESULTS / "accuracy-cpu.csv")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--csv", type=Path, help="left out, accuracy-DEVICE.csv among the results")
     parser.add_argument("--work-dir", type=Path, default=Path("~/.cache/sparselora-study").expanduser())
     parser.add_argument("--list", action="store_true", help="print subjects and arms, and train nothing")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.csv = args.csv or RESULTS / f"accuracy-{args.device}.csv"
+    return args
 
 
-def arguments(subject, arm: Arm, seed: int, steps: int, folder: str) -> SFTConfig:
+def arguments(subject, arm: Arm, seed: int, steps: int, folder: str, device: str = "cpu") -> SFTConfig:
     rows = arm.micro_batch or subject.batch
     return SFTConfig(
         folder,
@@ -64,7 +68,7 @@ def arguments(subject, arm: Arm, seed: int, steps: int, folder: str) -> SFTConfi
         logging_steps=steps,
         gradient_checkpointing=False,
         bf16=False,
-        use_cpu=True,
+        use_cpu=device == "cpu",
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
@@ -72,12 +76,12 @@ def arguments(subject, arm: Arm, seed: int, steps: int, folder: str) -> SFTConfi
     )
 
 
-def build(subject, arm: Arm, seed: int, steps: int, work_dir: Path, folder: str):
+def build(subject, arm: Arm, seed: int, steps: int, work_dir: Path, folder: str, device: str = "cpu"):
     """Trainer of an arm, and the subject's task; everything random follows from the seed."""
     set_seed(seed)
     task = subject.task(seed, steps * subject.batch)
     keywords = {
-        "args": arguments(subject, arm, seed, steps, folder),
+        "args": arguments(subject, arm, seed, steps, folder, device),
         "train_dataset": task.train,
         "eval_dataset": task.test,
         "processing_class": subject.tokenizer(work_dir),
@@ -151,7 +155,13 @@ def _tokens(trainer: StudyTrainer) -> BatchShape:
 
 
 def run(
-    subject_name: str, arm_name: str, seed: int, steps: int | None, work_dir: Path, arm: Arm | None = None
+    subject_name: str,
+    arm_name: str,
+    seed: int,
+    steps: int | None,
+    work_dir: Path,
+    arm: Arm | None = None,
+    device: str = "cpu",
 ) -> dict:
     """Train one arm with one seed; returns its row. An arm that is in no table is given."""
     subject, arm = SUBJECTS[subject_name], arm or ARMS[arm_name]
@@ -161,15 +171,15 @@ def run(
         "arm": arm_name,
         "seed": seed,
         "steps": steps,
-        **outcome(subject, arm, seed, steps, work_dir),
-        **environment("cpu"),
+        **outcome(subject, arm, seed, steps, work_dir, device),
+        **environment(device),
     }
 
 
-def outcome(subject, arm: Arm, seed: int, steps: int, work_dir: Path) -> dict:
+def outcome(subject, arm: Arm, seed: int, steps: int, work_dir: Path, device: str = "cpu") -> dict:
     """Train, and measure what came of it."""
     with tempfile.TemporaryDirectory() as folder:
-        trainer, task = build(subject, arm, seed, round(steps * arm.longer), work_dir, folder)
+        trainer, task = build(subject, arm, seed, round(steps * arm.longer), work_dir, folder, device)
         clocks = time.perf_counter(), time.process_time()
         if arm.trainer != "none":
             trainer.train()
@@ -221,11 +231,11 @@ def main(argv: list[str] | None = None) -> int:
     quieten()
     done = finished(args.csv)
     for subject in args.subjects:
-        SUBJECTS[subject].ready(args.work_dir)
+        SUBJECTS[subject].ready(args.work_dir, args.device)
     for seed, subject, arm in itertools.product(args.seeds, args.subjects, select(args.arms)):
         key = (subject, arm, str(seed), str(args.steps or SUBJECTS[subject].steps))
         if key not in done:
-            row = run(subject, arm, seed, args.steps, args.work_dir)
+            row = run(subject, arm, seed, args.steps, args.work_dir, device=args.device)
             append_csv(args.csv, [row])
             console.print(f"{subject}, {arm}, seed {seed}: {row['heldout_loss']:.4f} in {row['seconds']:.0f} s")
     return 0

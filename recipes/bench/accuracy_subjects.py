@@ -11,6 +11,7 @@ import json
 import os
 import random
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -26,12 +27,21 @@ from sparselora_hf.world import build_tokenizer, finetuning_examples
 DATA = Path(os.environ.get("SPARSELORA_DATA", Path(__file__).parents[3] / "shared" / "data"))
 QUICKSTART = Path(__file__).parents[1] / "quickstart"
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
-WORLD_SHAPE = {
+WORLD_3M = {
     "num_hidden_layers": 8,
     "intermediate_size": 512,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "head_dim": 24,
+}
+# for a GPU, and not trained yet: its rates are a guess
+WORLD_50M = {
+    "hidden_size": 768,
+    "num_hidden_layers": 6,
+    "intermediate_size": 3072,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 96,
 }
 
 __all__ = ["SUBJECTS", "TEXTS", "Task", "TextSubject", "WorldSubject", "chunks"]
@@ -97,7 +107,7 @@ class TextSubject:
         """Where the checkpoint lies."""
         return DATA / "models" / self.checkpoint
 
-    def ready(self, work_dir: Path) -> None:
+    def ready(self, work_dir: Path, device: str = "cpu") -> None:
         """Check that everything is there.
 
         Raises:
@@ -135,20 +145,27 @@ class WorldSubject:
     """A model that was trained from scratch on the text world, and the quickstart's task.
 
     Args:
-        folder: a pretrained model of the package; None trains a deeper relative of it in the folder of the study.
-        pretraining_steps: of that one.
+        name: of its folder in the folder of the study.
+        folder: a pretrained model of the package, in place of training one.
+        shape: what differs from the quickstart's model in one that is trained here.
+        offsets: how many tokens back the first heads look at the start of its training.
+        pretraining_steps: of its training, with `pretraining_rate`.
     """
 
+    name: str = ""
     folder: Path | None = None
+    shape: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    offsets: tuple[int, ...] = (1, 2, 1, 3, 1, 2, 1, 3)
     pretraining_steps: int = 2600
+    pretraining_rate: float = 2e-3
     context: float = 0.98
     steps: int = 70
     batch: int = 16
     learning_rate: float = 3e-3
     held_out: int = 200
 
-    def ready(self, work_dir: Path) -> None:
-        """Pretrain unless that was done before; takes about 20 minutes on one core."""
+    def ready(self, work_dir: Path, device: str = "cpu") -> None:
+        """Pretrain unless that was done before; 3 million parameters take about 20 minutes on one core."""
         folder = self._folder(work_dir)
         if folder.is_dir():
             return
@@ -158,10 +175,12 @@ class WorldSubject:
         set_seed(0)
         tokenizer = build_tokenizer()
         config = pretrain.build_model(tokenizer).config
-        config.update(WORLD_SHAPE)
+        config.update(self.shape)
         model = LlamaForCausalLM(config)
-        pretrain.wire_looking_back(model, offsets=(1, 2, 1, 3, 1, 2, 1, 3))
-        options = {"steps": self.pretraining_steps, "minutes": 0.0, "lr": 2e-3, "seed": 0, "tokens": 1024}
+        pretrain.wire_looking_back(model, self.offsets)
+        model.to(device)
+        rate = self.pretraining_rate
+        options = {"steps": self.pretraining_steps, "minutes": 0.0, "lr": rate, "seed": 0, "tokens": 1024}
         pretrain.train(model, tokenizer, argparse.Namespace(**options))
         half_done = folder.with_suffix(".part")
         model.save_pretrained(half_done)
@@ -169,7 +188,7 @@ class WorldSubject:
         half_done.rename(folder)
 
     def _folder(self, work_dir: Path) -> Path:
-        return self.folder or work_dir / f"world-3m-{self.pretraining_steps}"
+        return self.folder or work_dir / f"{self.name}-{self.pretraining_steps}"
 
     def model(self, work_dir: Path) -> PreTrainedModel:
         """The pretrained model, in float32."""
@@ -200,7 +219,8 @@ SUBJECTS = MappingProxyType(
         "stories260K": TextSubject("stories260K"),
         "stories260K-97": TextSubject("stories260K", context=0.97),
         "stories260K-stories": TextSubject("stories260K", text="stories"),
-        "world": WorldSubject(ASSETS),
-        "world-3m": WorldSubject(),
+        "world": WorldSubject(folder=ASSETS),
+        "world-3m": WorldSubject("world-3m", shape=WORLD_3M, steps=280),
+        "world-50m": WorldSubject("world-50m", shape=WORLD_50M, pretraining_rate=6e-4, learning_rate=1e-3, steps=280),
     }
 )

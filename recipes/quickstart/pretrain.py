@@ -119,7 +119,7 @@ def answer_mask(ids: torch.Tensor, opening: int, closing: int) -> torch.Tensor:
     Returns:
         Boolean mask, `(rows, tokens)`.
     """
-    place = torch.arange(ids.shape[1]).expand_as(ids)
+    place = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     before = functional.pad(ids, (1, 0), value=closing)[:, :-1]
     last_opening = torch.where(before == opening, place, -1).cummax(1).values
     last_closing = torch.where(before == closing, place, -1).cummax(1).values
@@ -160,7 +160,7 @@ def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, args: arg
             stage = sum(step >= begin for begin in STAGE_STARTS)
             waiting = batches(tokenizer, args.seed, block, args.tokens, stage)
             block += 1
-        ids = waiting.pop()
+        ids = waiting.pop().to(model.device)
         logits = model(input_ids=ids).logits[:, :-1]
         wanted = ids[:, 1:]
         loss = functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none").view_as(wanted)
