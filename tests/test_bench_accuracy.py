@@ -34,7 +34,7 @@ def tiny(bench, monkeypatch):
     """A subject without data of its own: a random model and random tokens."""
 
     class Tiny(bench.subjects.TextSubject):
-        def ready(self, work_dir, device):
+        def ready(self, work_dir, device="cpu"):
             pass
 
         def model(self, work_dir):
