@@ -125,12 +125,14 @@ class Calibration:
 
     def _stand_in_by_factors(self, layer: int, view: AttentionView, roles: Iterable[str]) -> None:
         """Factors of whole linears: which of their channels are dropped, a batch decides."""
-        samples = {"o": f"o.{layer}"}
+        roots: dict[str, torch.Tensor] = {}
         for role in roles:
-            root = _root_of_moment(self._sample(samples.get(role, f"attention.{layer}")))
+            sample = f"o.{layer}" if role == "o" else f"attention.{layer}"
+            if sample not in roots:
+                roots[sample] = _root_of_moment(self._sample(sample))
             weight = frozen_weight(base_linear(view.modules[role]))
             rank = min(self.config.compensation_rank, *weight.shape)
-            self.factor_stand_ins[layer, role] = _whitened(read_whole(weight), root, rank, self.config.seed)
+            self.factor_stand_ins[layer, role] = _whitened(read_whole(weight), roots[sample], rank, self.config.seed)
 
     def _whiten(self, layer: int, inputs: dict[str, Projection], x: torch.Tensor) -> None:
         root = _root_of_moment(x)
