@@ -244,6 +244,25 @@ def test_output_scores_are_dense_steps_and_output_rows_together(compensation, le
     assert got.tolist() == top_channels(want.sqrt(), len(got)).tolist()
 
 
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("prompts", [(16, 16), (20, 16)], ids=["full", "padded"])
+@pytest.mark.parametrize("compensation", ["none", "low_rank"])
+def test_a_batch_without_output_tokens_goes_by_the_dense_steps(compensation, prompts, checkpointed):
+    """A completion that was cut off leaves none; the norms of the dense steps then choose alone."""
+    model, batch = lora_model(), make_batch(prompts, (0, 0))
+    if checkpointed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    with sparsify(model, LEARNING["output"].replace(compensation=compensation)) as handle:
+        warm_up(model)
+        handle.set_enabled(True)
+        loss_and_gradients(model, batch)
+        scores, selections = handle.state.calibration.scores, handle.state.batch.selections
+        assert not len(handle.state.batch.plan.output)
+        for layer in range(3):
+            kept = selections[layer, "mlp"].narrow
+            assert kept.tolist() == top_channels(scores[layer, "mlp"], len(kept)).tolist()
+
+
 def test_output_sets_follow_the_batch():
     model, sets = lora_model(), []
     with sparsify(model, LEARNING["output"]) as handle:

@@ -126,13 +126,16 @@ def order(item: tuple) -> tuple:
 
 
 def grid_table() -> str:
-    """Speed-up over shapes, a line for each width."""
+    """Speed-up over shapes, a line for each width; of a cell that was measured several times the median counts."""
     rows = [row for row in read("grid-cpu.csv") if row["variant"] == "sparse"]
     if not rows:
         return NOT_YET
+    found: dict[tuple[int, ...], list[float]] = defaultdict(list)
+    for row in rows:
+        found[tuple(int(row[n]) for n in ("hidden", "sequence", "batch", "output"))].append(float(row["speedup"]))
     body = []
-    for hidden in sorted({int(row["hidden"]) for row in rows}):
-        cells = sorted(float(row["speedup"]) for row in rows if int(row["hidden"]) == hidden)
+    for hidden in sorted({cell[0] for cell in found}):
+        cells = sorted(statistics.median(measured) for cell, measured in found.items() if cell[0] == hidden)
         figures = [f"{value:.2f}x" for value in (cells[0], statistics.median(cells), cells[-1])]
         body.append([str(hidden), str(len(cells)), *figures])
     return markdown(["hidden", "cells", "slowest cell", "median", "fastest cell"], body) + footnote(rows)

@@ -72,7 +72,7 @@ class SparseMlp(Patched):
         batch, criterion = link.state.batch, link.state.criterion
         if (link.layer, "mlp") not in batch.selections:  # recomputation meets the set of the first forward
             output = torch.searchsorted(rows.dense, batch.plan.output.to(x.device))
-            self._choose(criterion.mlp_of_output(link.layer, x, hidden.reshape(len(x), -1), output))
+            self._choose(criterion.mlp_of_output(link.layer, x, hidden.reshape(-1, hidden.shape[-1]), output))
 
     def _choose(self, scores: torch.Tensor) -> None:
         link = link_of(self)
