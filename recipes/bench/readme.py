@@ -28,6 +28,7 @@ SETTING = ("model", "sequence", "output", "batch", "fill", "checkpointing")  # o
 VARIANTS = {"exact": "exact savings alone", "sparse": "SparseLoRA", "sparse_no_exact": "without exact savings"}
 
 _MAIN = ("output+r8@0.9", "static+r8@0.9", "svd_whitened+r8@0.9", "output@0.9", "oracle@0.9", "svd@0.9")
+_EQUAL = ("output+r8@0.9, equal FLOPs", "svd@0.9, equal FLOPs")
 _FAR = ("output+r32@0.97", "static+r32@0.97", "output+r8@0.9", "output+r8@0.9, attention 0.75")
 _ATTENTION = tuple(
     f"{name} attention@{s}" for s in ("0.5", "0.75") for name in ("output+r32", "output+r8", "output", "svd")
@@ -41,7 +42,7 @@ _FINDINGS = (
     "output+r8@0.9, output tokens too",
 )
 STUDIES = {  # subject, steps and settings of a table of trainings
-    "quality": ("babyllama361", 80, (*_MAIN, "svd_mean@0.9", "random@0.9")),
+    "quality": ("babyllama361", 80, (*_MAIN, "svd_mean@0.9", "random@0.9", *_EQUAL)),
     "quality-97": ("babyllama361-97", 80, (*_FAR, "output+r32@0.97, attention 0.75", "svd@0.9")),
     "quality-findings": ("babyllama361", 80, _FINDINGS),
     "quality-attention": ("babyllama361", 80, _ATTENTION),
