@@ -134,6 +134,10 @@ _FAR = {
     "output+r8@0.9, attention 0.5": _criterion("output", "far", stand_in=8, attention=0.5),
     "output+r32@0.97, attention 0.5": _criterion("output", "far", stand_in=32, mlp=0.97, attention=0.5),
     "output+r32@0.97": _criterion("output", "far", stand_in=32, mlp=0.97),
+    "output+r32@0.97, 8192 tokens": _criterion(
+        "output", "far", stand_in=32, mlp=0.97, settings={"calibration_tokens": 8192}
+    ),
+    "output+r8@0.9, 8192 tokens": _criterion("output", "far", stand_in=8, settings={"calibration_tokens": 8192}),
     "output+r16@0.9": _criterion("output", "far", stand_in=16),
     "static+r32@0.97, attention 0.75": _static("far", 32, mlp=0.97, attention=0.75),
 }
