@@ -181,6 +181,8 @@ class _Layer:
 
     def factors(self, rank: int) -> list[_Product]:
         """Products of the factors that stand in for the dropped channels of q, k, v and o."""
+        if not rank:
+            return []
         whole, _ = self.widths()
         products = []
         for name in (*_INPUT_SIDE, "o_proj"):
@@ -188,7 +190,7 @@ class _Layer:
             _, sparse = self.rows(name)
             gradient = self.input_gradient(name)
             products += [_Product(sparse, inp, rank, gradient), _Product(sparse, rank, out, gradient)]
-        return products if rank else []
+        return products
 
     def closing(self, rank: int) -> list[_Product]:
         """Products that close the MLP: `down_proj`, and the stand-in's map from rank to hidden."""
@@ -209,10 +211,8 @@ class _Layer:
         With the mask that padded rows come with, PyTorch's kernels compute the whole square.
         """
         masked = self.batch.padding and "padding" not in self.exact
-        pairs = (
-            self.batch.batch * self.batch.sequence * (self.batch.sequence if masked else (self.batch.sequence + 1) / 2)
-        )
-        product = 2.0 * pairs * self.model.query_width
+        seen = self.batch.sequence if masked else (self.batch.sequence + 1) / 2  # by a token, on average
+        product = 2.0 * self.batch.batch * self.batch.sequence * seen * self.model.query_width
         return Work(2.0 * product, 5.0 * product)
 
 

@@ -137,9 +137,11 @@ def grid_table() -> str:
     body = []
     for hidden in sorted({cell[0] for cell in found}):
         cells = sorted(statistics.median(measured) for cell, measured in found.items() if cell[0] == hidden)
-        figures = [f"{value:.2f}x" for value in (cells[0], statistics.median(cells), cells[-1])]
+        slowest = min(min(measured) for cell, measured in found.items() if cell[0] == hidden)
+        figures = [f"{value:.2f}x" for value in (cells[0], statistics.median(cells), cells[-1], slowest)]
         body.append([str(hidden), str(len(cells)), *figures])
-    return markdown(["hidden", "cells", "slowest cell", "median", "fastest cell"], body) + footnote(rows)
+    header = ["hidden", "cells", "slowest cell", "median", "fastest cell", "slowest measure"]
+    return markdown(header, body) + footnote(rows)
 
 
 def quickstart_table() -> str:
