@@ -1,46 +1,90 @@
-"""The LoRA branch as one function: ``y + scaling · (x Aᵀ) Bᵀ``, written into ``y``.
+"""The LoRA branch in two functions around the frozen product: ``y = x Wᵀ``, then ``y += scaling · (x Aᵀ) Bᵀ``.
 
-As a chain of operators it makes three matrices as wide as ``y`` forward and two backward; here it makes none and one.
+As a chain of operators a branch makes several matrices as wide as ``x`` and ``y``, more of them under autocast, where
+PEFT widens ``x`` to the type of the adapter and autocast narrows it again. Here it makes none: forward it is written
+into ``y``, backward into the gradient that the frozen product gives ``x``.
 """
 
 import torch
 from torch.autograd.function import once_differentiable
 
-__all__ = ["add_branch"]
+__all__ = ["add_branch", "fork_branch"]
+
+
+class _ForkBranch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, a, dtype):
+        ctx.set_materialize_grads(False)
+        narrow = a.to(dtype)
+        ctx.save_for_backward(x, narrow)
+        ctx.type = a.dtype
+        through = x.view_as(x)
+        if not ctx.needs_input_grad[0]:  # else the frozen product would be asked for a gradient that nobody wants
+            ctx.mark_non_differentiable(through)
+        return through, x.reshape(-1, x.shape[-1]).to(dtype) @ narrow.t()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, grad_hidden):
+        x, a = ctx.saved_tensors
+        if grad_hidden is None:
+            return grad, None, None
+        grad_a = (grad_hidden.t() @ x.reshape(-1, x.shape[-1]).to(a.dtype)).to(ctx.type)
+        if not ctx.needs_input_grad[0]:
+            return None, grad_a, None
+        if grad is None:
+            return (grad_hidden @ a).view(x.shape).to(x.dtype), grad_a, None
+        if grad.dtype == a.dtype and grad.is_contiguous():
+            # in place: it comes fresh out of the frozen product, nobody else holds it
+            grad.view(-1, x.shape[-1]).addmm_(grad_hidden, a)
+        else:
+            grad = grad + (grad_hidden @ a).view(x.shape)
+        return grad, grad_a, None
 
 
 class _AddBranch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y, x, a, b, scaling):
-        hidden = x.reshape(-1, x.shape[-1]) @ a.t()  # [T, r]
-        ctx.save_for_backward(x, hidden, a, b)
-        ctx.scaling = scaling
+    def forward(ctx, y, hidden, b, scaling):
+        narrow = b.to(hidden.dtype)
+        ctx.save_for_backward(hidden, narrow)
+        ctx.scaling, ctx.type = scaling, b.dtype
         ctx.mark_dirty(y)
-        y.view(-1, y.shape[-1]).addmm_(hidden, b.t(), alpha=scaling)
+        y.view(-1, y.shape[-1]).addmm_(hidden, narrow.t(), alpha=scaling)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, hidden, a, b = ctx.saved_tensors
+        hidden, b = ctx.saved_tensors
         flat = grad.reshape(-1, grad.shape[-1])
-        grad_hidden = (flat @ b).mul_(ctx.scaling)
-        grad_x = (grad_hidden @ a).view(x.shape) if ctx.needs_input_grad[1] else None
-        grad_a = grad_hidden.t() @ x.reshape(-1, x.shape[-1])
-        return grad, grad_x, grad_a, (flat.t() @ hidden).mul_(ctx.scaling), None
+        grad_b = (flat.t() @ hidden).mul_(ctx.scaling).to(ctx.type)
+        return grad, (flat @ b).mul_(ctx.scaling), grad_b, None
 
 
-def add_branch(y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
+def fork_branch(x: torch.Tensor, a: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """``x`` itself, for the frozen product and nothing else, and what the branch makes of it.
+
+    Args:
+        x: ``[..., in]``.
+        a: ``[r, in]``, of any type.
+        dtype: type of the branch's products.
+
+    Returns:
+        ``x``, whose gradient is written to in backward, and ``x Aᵀ``, ``[T, r]``. Differentiable in both arguments.
+    """
+    return _ForkBranch.apply(x, a, dtype)
+
+
+def add_branch(y: torch.Tensor, hidden: torch.Tensor, b: torch.Tensor, scaling: float) -> torch.Tensor:
     """A frozen linear's result with a LoRA branch added, in place.
 
     Args:
-        y: ``[..., out]``, contiguous, no view and of no further use to anyone.
-        x: ``[..., in]``.
-        a: ``[r, in]``.
-        b: ``[out, r]``.
+        y: ``[..., out]``, contiguous, of the type of ``hidden``, no view and of no further use to anyone.
+        hidden: ``[T, r]`` of `fork_branch`.
+        b: ``[out, r]``, of any type.
         scaling: of the branch.
 
     Returns:
-        ``[..., out]``. Differentiable in all four.
+        ``[..., out]``. Differentiable in all three.
     """
-    return _AddBranch.apply(y, x, a, b, scaling)
+    return _AddBranch.apply(y, hidden, b, scaling)
