@@ -110,6 +110,16 @@ def test_under_autocast_too(batch, dtypes, sparse, monkeypatch):
     assert error(ours) < 1.6 * error(theirs)  # roundings fall differently: 0.83 to 1.45 over eight models
 
 
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_over_a_quantised_base_too(kind, batch, monkeypatch):
+    model, results, calls = pytest.importorskip("quantised").pair(kind)[0], [], count_in_place(monkeypatch)
+    for exact in ((), ("adapters",)):
+        with sparsify(model, SparseLoraConfig(exact=exact)):
+            results.append(loss_and_gradients(model, batch))
+    assert len(calls) == 12
+    assert_same(results[1], results[0], 1e-6)
+
+
 def seen_by_a_hook(model):
     for layer in layers_of(model):
         layer.base_layer.register_forward_hook(lambda *_: None)

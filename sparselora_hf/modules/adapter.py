@@ -71,11 +71,22 @@ def _product_type(*tensors: torch.Tensor) -> torch.dtype | None:
 
 
 def lean_adapters(modules: Iterable[nn.Module]) -> Patches:
-    """Make projections lean that are PEFT's LoRA linears; returns what undoes it."""
-    from peft.tuners.lora.layer import Linear
-
-    patches = Patches()
+    """Make PEFT's LoRA linears lean, over a plain base or one of bitsandbytes; returns what undoes it."""
+    patches, kinds = Patches(), _kinds()
     for module in modules:
-        if type(module) is Linear:
+        if type(module) in kinds:
             patches.add(module, _LeanLora)
     return patches
+
+
+def _kinds() -> set[type]:
+    """PEFT's LoRA linears whose forward is the base's and a branch added to it."""
+    from peft.import_utils import is_bnb_4bit_available, is_bnb_available
+    from peft.tuners.lora import bnb
+    from peft.tuners.lora.layer import Linear
+
+    return {
+        Linear,
+        *([bnb.Linear8bitLt] if is_bnb_available() else []),
+        *([bnb.Linear4bit] if is_bnb_4bit_available() else []),
+    }
