@@ -267,7 +267,8 @@ def _make_lean(handle: SparseLoraHandle, layers: list[Layer]) -> None:
     if "norms" in handle.config.exact:
         kind = type(part_of(language_decoder(handle.model), handle.family, "norm"))
         eps = causal_model(handle.model).config.get_text_config().to_dict().get("rms_norm_eps")
-        handle._hooks.append(lean_norms([layer.module for layer in layers] if eps else [], kind, eps))
+        modules = [layer.module for layer in layers] if eps else []
+        handle._hooks.append(lean_norms(modules, kind, eps, handle.config.kernels))
     if "adapters" in handle.config.exact:
         views = (AttentionView.of(layer.attention, handle.family) for layer in layers)
         handle._hooks.append(lean_adapters(module for view in views for module in view.modules.values()))

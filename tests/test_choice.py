@@ -8,7 +8,7 @@ import torch
 from sparselora_hf.kernels import choice
 from sparselora_hf.kernels.choice import OPERATIONS, Choice, choose, shape_key, write_table
 from sparselora_hf.kernels.runtime import blocker, numerics
-from sparselora_hf.kernels.tiles import TILES, chip_of, tile_for
+from sparselora_hf.kernels.tiles import MAX_WIDTH, TILES, chip_of, row_tile, tile_for
 
 
 class OnGpu:
@@ -49,8 +49,9 @@ def test_a_cpu_goes_the_pytorch_way(op):
     [
         ((9, 0), torch.bfloat16, {"rows": "triton", "columns": "triton", "mlp": "slices", "estimator": "triton"}),
         ((9, 0), torch.float32, {"rows": "torch", "columns": "torch", "mlp": "slices", "estimator": "torch"}),
-        ((8, 6), torch.float16, {"rows": "triton", "mlp": "slices"}),
-        ((7, 5), torch.float16, {"rows": "torch", "mlp": "slices", "nf4": "triton"}),
+        ((9, 0), torch.float32, {"norm": "triton"}),
+        ((8, 6), torch.float16, {"rows": "triton", "mlp": "slices", "norm": "triton"}),
+        ((7, 5), torch.float16, {"rows": "torch", "mlp": "slices", "nf4": "triton", "norm": "triton"}),
         ((7, 5), torch.bfloat16, dict.fromkeys(OPERATIONS, "torch")),
         ((7, 0), torch.float16, dict.fromkeys(OPERATIONS, "torch")),
         ((9, 0), torch.float64, dict.fromkeys(OPERATIONS, "torch")),
@@ -68,6 +69,7 @@ def test_the_configuration_overrules(gpu):
     assert choose("rows", OnGpu(), 4096, 1024, "torch") == Choice("torch")
     assert choose("mlp", OnGpu(), 4096, 1024, "triton") == Choice("triton")
     assert choose("rows", OnGpu(), 4096, 1024, Choice("slices", 2)) == Choice("slices", 2)
+    assert {choose(op, OnGpu(), 4096, 1024, "triton").way for op in OPERATIONS} == {"triton"}
 
 
 def test_what_was_measured_wins_for_its_shape(gpu):
@@ -80,6 +82,7 @@ def test_what_was_measured_wins_for_its_shape(gpu):
     assert choose("rows", OnGpu(tokens=3000), 4096, 1024) == Choice("torch", 0, measured=True)
     assert choose("mlp", OnGpu(tokens=4096), 4096, 144) == Choice("triton", 1, measured=True)
     assert choose("rows", OnGpu(tokens=3000), 4096, 512) == Choice("triton")
+    assert choose("rows", OnGpu(tokens=2), 4096, 1024, tokens=3000) == Choice("torch", 0, measured=True)
     gpu((8, 0))
     assert choose("rows", OnGpu(tokens=3000), 4096, 1024) == Choice("triton", 1, measured=True)
 
@@ -117,3 +120,12 @@ def test_a_tile_for_everything(op):
     assert tile_for(op, torch.zeros(1, dtype=torch.bfloat16), 99) == TILES[op]["large"][-1]
     assert chip_of((9, 5)) is chip_of((9, 0))
     assert chip_of((5, 0)) is chip_of((7, 5))
+
+
+@pytest.mark.parametrize("width", [1, 6, 64, 100, 2048, 3072, 4096, 5120, 8192, MAX_WIDTH])
+def test_a_block_holds_rows_whole(width):
+    tile = row_tile(width)
+    assert width <= tile.n < 2 * width
+    assert tile.n.bit_count() == tile.m.bit_count() == tile.warps.bit_count() == 1
+    assert tile.m * tile.n == max(2048, tile.n)
+    assert tile.m * tile.n // (32 * tile.warps) in (16, 32)

@@ -12,7 +12,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from zoo import CONFIGS, zoo_lora
 
 from sparselora_hf import SparseLoraConfig, sparsify
-from sparselora_hf.modules.classes import Patched
+from sparselora_hf.modules.classes import Patched, link_of
+from sparselora_hf.modules.rms import _LeanNorm
 from sparselora_hf.ops.rms import lean_rms_norm
 
 EPS = 1e-3
@@ -81,6 +82,24 @@ def test_every_family_trains_as_before(name):
     assert (lean == 0) == (name.split()[0] in WITHOUT)
     assert torch.equal(got[0], want[0])
     assert_same(got, want, 5e-5)  # float32 gradients of this Mixtral are 9e-4 off those in float64, with and without
+
+
+def hasty(norm, x):
+    """``1 / rms`` is rounded too."""
+    inverse = (x.float().square().mean(-1, keepdim=True) + norm.variance_epsilon).rsqrt()
+    return norm.weight * (x * inverse.to(x.dtype))
+
+
+@pytest.mark.parametrize(
+    ("name", "early"), [("llama", True), ("qwen3", True), ("olmo2", False), ("gemma2", False), ("other", None)]
+)
+def test_where_a_norm_rounds_is_found_out(name, early, monkeypatch):
+    model = zoo_lora("llama" if name == "other" else name, dtype=torch.bfloat16)
+    if name == "other":
+        monkeypatch.setattr(LlamaRMSNorm, "forward", hasty)
+    with sparsify(model, LEAN):
+        found = {link_of(module)[0].early for module in model.modules() if isinstance(module, _LeanNorm)}
+    assert found == {early}
 
 
 class Centred(LlamaRMSNorm):

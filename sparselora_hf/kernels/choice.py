@@ -43,12 +43,20 @@ class Choice:
 # the channels kept, copies to split, spread and join rows take two thirds of the time of the product; reading and
 # writing in place leaves them out. MLP: with 1 channel in 100 kept both products are narrow, which cuBLAS splits
 # along the depth and a plain tile does not; what is left to win are launches. Estimator: ten launches become two.
-_HALF = {"rows": "triton", "columns": "triton", "mlp": "slices", "estimator": "triton", "nf4": "triton"}
+# Norm: a dozen passes over memory become two forward and three backward.
+_HALF = {
+    "rows": "triton",
+    "columns": "triton",
+    "mlp": "slices",
+    "estimator": "triton",
+    "nf4": "triton",
+    "norm": "triton",
+}
 # without matrix units in Triton's reach cuBLAS makes every product
-_FMA = {"rows": "torch", "columns": "torch", "mlp": "slices", "estimator": "torch", "nf4": "triton"}
+_FMA = {"rows": "torch", "columns": "torch", "mlp": "slices", "estimator": "torch", "nf4": "triton", "norm": "triton"}
 _REASONED = {"large": _HALF, "small": _HALF, "fma": _FMA}
 # where `kernels="triton"` overrules a reason for torch
-_FORCED = {"rows": "triton", "columns": "triton", "mlp": "triton", "estimator": "triton", "nf4": "triton"}
+_FORCED = dict.fromkeys(_HALF, "triton")
 OPERATIONS = tuple(_HALF)
 _TORCH = Choice("torch")
 _SHIPPED = Path(__file__).parent / "measured.json"
@@ -89,7 +97,9 @@ def _measured(shipped: Path, machine: Path, chip: str) -> dict[str, list]:
     return {**_read(shipped).get(chip, {}), **_read(machine).get(chip, {})}
 
 
-def choose(op: str, x: torch.Tensor, outer: int, keep: int, mode: str | Choice = "auto") -> Choice:
+def choose(
+    op: str, x: torch.Tensor, outer: int, keep: int, mode: str | Choice = "auto", tokens: int | None = None
+) -> Choice:
     """The way of an operation.
 
     Args:
@@ -98,6 +108,7 @@ def choose(op: str, x: torch.Tensor, outer: int, keep: int, mode: str | Choice =
         outer: width that does not depend on what is kept.
         keep: kept channels.
         mode: ``auto``, ``torch`` or ``triton``, as in `SparseLoraConfig.kernels`; a choice is taken as it is.
+        tokens: their count where ``x`` has more dimensions before the last.
 
     Returns:
         The choice; ``torch`` wherever Triton cannot run.
@@ -106,7 +117,8 @@ def choose(op: str, x: torch.Tensor, outer: int, keep: int, mode: str | Choice =
         return mode
     if mode == "torch" or not (x.is_cuda or interpreting()):
         return _TORCH
-    return _choose(op, x.device, x.dtype, 1 << max(0, len(x) - 1).bit_length(), outer, keep, mode)
+    tokens = len(x) if tokens is None else tokens
+    return _choose(op, x.device, x.dtype, 1 << max(0, tokens - 1).bit_length(), outer, keep, mode)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -16,15 +16,22 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import estimator, mlp, nf4, product, slices
+from . import estimator, mlp, nf4, product, rms, slices
 from .tiles import CHIPS, TILES, Tile
 
 __all__ = ["CASES", "Case", "Resources", "compile_case", "jobs"]
 
 _MAX_REGISTERS = 255
-# pointers that do not have the type of the case
-_POINTERS = {"rows_ptr": "*i64", "index_ptr": "*i64", "packed_ptr": "*u8", "code_ptr": "*fp32", "scale_ptr": "*fp32"}
-_UNEVEN = ("M", "T", "R", "BLOCKS", "SPLIT")  # sizes that promise nothing; others are multiples of 16
+# arguments other than pointers of the type of the case and integers
+_TYPES = {
+    "rows_ptr": "*i64",
+    "index_ptr": "*i64",
+    "packed_ptr": "*u8",
+    "code_ptr": "*fp32",
+    "scale_ptr": "*fp32",
+    "eps": "fp32",
+}
+_UNEVEN = ("M", "T", "R", "BLOCKS", "SPLIT", "eps")  # numbers that promise nothing; others are multiples of 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +86,8 @@ CASES = (
     Case("gather_columns", slices.gather_columns_kernel, "slices", {}, (), False),
     Case("nf4_rows", nf4.nf4_gather_kernel, "slices", {"BLOCK": 64, "stride_along": 1}, (), False),
     Case("nf4_columns", nf4.nf4_gather_kernel, "slices", {"BLOCK": 64, "stride_kept": 1}, (), False),
+    Case("rms_norm_fwd", rms.rms_norm_fwd_kernel, "rms", {"OFFSET": 0.0, "EARLY": True}, (), False),
+    Case("rms_norm_bwd", rms.rms_norm_bwd_kernel, "rms", {"OFFSET": 0.0}, (), False),
     Case("project_gram_fwd", estimator.project_fwd_kernel, "project", {"GRAM": True}, ("out_ptr",)),
     Case("project_fwd", estimator.project_fwd_kernel, "project", {"GRAM": False}, ("out_ptr",)),
     Case("gram_norms_fwd", estimator.gram_norms_fwd_kernel, "norms", {}, ("grams_ptr", "out_ptr"), False, 16),
@@ -119,8 +128,8 @@ def compile_case(case: Case, chip: int, dtype: str, tile: Tile) -> Resources:
         if name in fixed:
             signature[name] = "constexpr"
             continue
-        pointer = "*fp32" if name in case.float32 else _POINTERS.get(name, f"*{dtype}")
-        signature[name] = pointer if name.endswith("_ptr") else "i32"
+        usual = f"*{dtype}" if name.endswith("_ptr") else "i32"
+        signature[name] = "*fp32" if name in case.float32 else _TYPES.get(name, usual)
         if name not in _UNEVEN:
             aligned[(place,)] = [["tt.divisibility", 16]]
     constants = {(names.index(name),): value for name, value in fixed.items()}

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["CHIPS", "TILES", "Chip", "Tile", "chip_of", "tile_for", "tiles_of"]
+__all__ = ["CHIPS", "MAX_WIDTH", "TILES", "Chip", "Tile", "chip_of", "row_tile", "tile_for", "tiles_of"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +60,16 @@ class Tile:
         return {"BLOCK_M": self.m, "BLOCK_N": self.n, **depth, "num_warps": self.warps, "num_stages": self.stages}
 
 
+MAX_WIDTH = 16384  # of a row that one block holds
+
+
+def row_tile(width: int) -> Tile:
+    """Rows of a width as a whole: 2048 elements or one row, 16 elements a thread; 32 of the widest, of 16 warps."""
+    columns = 1 << (width - 1).bit_length()
+    rows = max(1, 2048 // columns)
+    return Tile(rows, columns, 0, min(16, rows * columns // 512), 1)
+
+
 # "fma": no matrix units, be it that the chip has none that Triton knows (Triton 3.9 multiplies element by element on
 # sm_75) or that float32 is to keep its mantissa
 TILES = {
@@ -90,6 +100,8 @@ TILES = {
         "small": (Tile(64, 64, 0, 4, 2),),
         "fma": (Tile(32, 32, 0, 4, 2),),
     },
+    # examples of `row_tile`, which decides: norms of queries and keys, hidden states, the widest
+    "rms": dict.fromkeys(("large", "small", "fma"), tuple(map(row_tile, (128, 4096, MAX_WIDTH)))),
 }
 
 

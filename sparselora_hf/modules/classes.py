@@ -32,6 +32,11 @@ class Patched:
             return self.__dict__[_FORWARD](*args, **kwargs)
         return self._dense_class.forward(self, *args, **kwargs)
 
+    @property
+    def overlaid(self) -> bool:
+        """Whether `dense_forward` is one that others put on the instance."""
+        return _FORWARD in self.__dict__
+
     def __reduce_ex__(self, protocol):
         return _blank, (self._dense_class, self._mixin), self.__dict__.copy()
 

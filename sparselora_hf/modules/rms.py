@@ -1,7 +1,7 @@
 """The exact saving ``norms``: RMSNorms of the decoder layers with a lean backward pass.
 
-Which modules are RMSNorms, and whether their weight counts from 0 or from 1, is found by trying: a norm of another
-formula, or one that is trained, is left alone.
+Which modules are RMSNorms, whether their weight counts from 0 or from 1, and where they round, is found by trying: a
+norm of another formula, or one that is trained, is left alone.
 """
 
 import dataclasses
@@ -19,10 +19,18 @@ __all__ = ["lean_norms"]
 
 @dataclasses.dataclass(frozen=True)
 class _Formula:
-    """``x / sqrt(mean(x²) + eps) · (weight + offset)``."""
+    """``x / sqrt(mean(x²) + eps) · (weight + offset)``.
+
+    Args:
+        eps: as above.
+        offset: as above.
+        early: whether the normalised values are rounded before they meet the weight, or the product alone; None
+            where neither gives a norm's very numbers.
+    """
 
     eps: float
     offset: float
+    early: bool | None
 
     def holds(self, norm: nn.Module) -> bool:
         """Whether a norm computes this."""
@@ -31,9 +39,12 @@ class _Formula:
             weight.device, norm.weight.dtype
         )
         x[1] *= self.eps**0.5  # where eps shows
-        inverse = (x.float().square().mean(-1, keepdim=True) + self.eps).rsqrt()
-        want, got = x.float() * inverse * (weight + self.offset), norm(x).float()
-        return torch.allclose(got, want, rtol=max(1e-5, 4 * torch.finfo(x.dtype).eps), atol=1e-6)
+        normed, got = x.float() * (x.float().square().mean(-1, keepdim=True) + self.eps).rsqrt(), norm(x)
+        if self.early is None:
+            tolerance = {"rtol": max(1e-5, 4 * torch.finfo(x.dtype).eps), "atol": 1e-6}
+            return torch.allclose(got.float(), normed * (weight + self.offset), **tolerance)
+        rounded = normed.to(x.dtype).float() if self.early else normed
+        return got.dtype == x.dtype and torch.equal(got, (rounded * (weight + self.offset)).to(x.dtype))
 
 
 class _LeanNorm(Patched):
@@ -45,17 +56,21 @@ class _LeanNorm(Patched):
         """``[..., H]`` to ``[..., H]``."""
         if torch.compiler.is_compiling() or self.weight.requires_grad:
             return self.dense_forward(x)
-        formula = link_of(self)
-        return lean_rms_norm(x, self.dense_forward, self.weight, formula.offset, formula.eps)
+        formula, kernels = link_of(self)
+        # by mode, not by `torch.is_grad_enabled`: reentrant checkpointing runs the first of two equal passes without
+        replaced = self.training and not self.overlaid
+        early = formula.early if replaced else None
+        return lean_rms_norm(x, self.dense_forward, self.weight, formula.offset, formula.eps, early, kernels)
 
 
-def lean_norms(layers: Iterable[nn.Module], kind: type[nn.Module], eps: float) -> Patches:
+def lean_norms(layers: Iterable[nn.Module], kind: type[nn.Module], eps: float, kernels: str) -> Patches:
     """Make the RMSNorms of a decoder's layers lean, those of queries and keys too.
 
     Args:
         layers: decoder layers.
         kind: class of the decoder's final norm, by which the others are known.
         eps: as the model's configuration has it.
+        kernels: as in `SparseLoraConfig`.
 
     Returns:
         What undoes it.
@@ -64,13 +79,13 @@ def lean_norms(layers: Iterable[nn.Module], kind: type[nn.Module], eps: float) -
     for layer in layers:
         with whole_weights(layer), torch.no_grad():
             for norm, formula in _lean(layer, kind, eps):
-                patches.add(norm, _LeanNorm, formula)
+                patches.add(norm, _LeanNorm, (formula, kernels))
     return patches
 
 
 def _lean(layer: nn.Module, kind: type[nn.Module], eps: float) -> Iterator[tuple[nn.Module, _Formula]]:
     """Frozen norms of a layer that are RMSNorms, each with its formula."""
-    formulas = [_Formula(eps, offset) for offset in (0.0, 1.0)]
+    formulas = [_Formula(eps, offset, early) for early in (True, False, None) for offset in (0.0, 1.0)]
     for norm in [module for module in layer.modules() if type(module) is kind]:
         if [name for name, _ in norm.named_parameters()] == ["weight"] and not norm.weight.requires_grad:
             formula = next((formula for formula in formulas if formula.holds(norm)), None)

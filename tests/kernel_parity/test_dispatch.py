@@ -3,15 +3,19 @@
 import pytest
 import torch
 from cases import DEVICE, DTYPES, Draw, assert_near
-from helpers import SPARSE, assert_same, lora_model, make_batch, sparse_result
+from helpers import SPARSE, assert_same, lora_model, loss_and_gradients, make_batch, sparse_result
 from torch.nn import functional as F
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from zoo import zoo_lora
 
-from sparselora_hf import sparsify
+from sparselora_hf import SparseLoraConfig, sparsify
 from sparselora_hf.kernels import choice
 from sparselora_hf.kernels.choice import Choice
+from sparselora_hf.kernels.tiles import MAX_WIDTH
 from sparselora_hf.ops import mlp as mlp_ops
 from sparselora_hf.ops.context import context_linear
 from sparselora_hf.ops.mlp import MlpWeights, StandIn, kept_mlp
+from sparselora_hf.ops.rms import lean_rms_norm
 from sparselora_hf.ops.rows import fork_rows, overlay_rows
 
 ROWS = {"mixed": (23, 9), "all context": (40, 0), "all output": (0, 40), "padding": (20, 5), "nothing": (0, 0)}
@@ -115,6 +119,77 @@ def test_a_sparse_step(family, compensation):
             )
             model.zero_grad(set_to_none=True)
     assert_same(results[1], results[0], 1e-4)
+
+
+NORMS = SparseLoraConfig(exact=("norms",), kernels="triton")
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Names of the norms' kernels in the order of their launches."""
+    from sparselora_hf.kernels import rms
+
+    names, launch = [], rms.launch
+    monkeypatch.setattr(
+        rms, "launch", lambda kernel, *a, **k: names.append(kernel.__name__) or launch(kernel, *a, **k)
+    )
+    return names
+
+
+@pytest.mark.parametrize(
+    ("family", "norms", "first"), [("llama", 4, 1), ("qwen3", 8, 1), ("gemma3_text", 12, 1), ("olmo2", 8, 0)]
+)
+@pytest.mark.parametrize("checkpointing", ["none", "reentrant", "not reentrant"])
+def test_norms_in_training(family, norms, first, checkpointing, launched):
+    """`first`: norms below the first adapter, where only checkpointing asks for a gradient."""
+    model = zoo_lora(family).to(DEVICE)
+    batch = {name: tensor.to(DEVICE) for name, tensor in make_batch().items()}
+    want = loss_and_gradients(model, batch)
+    if checkpointing != "none":
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing == "reentrant"})
+        model.enable_input_require_grads()
+    with sparsify(model, NORMS):
+        assert_same(loss_and_gradients(model, batch), want, 1e-4)
+    plain = checkpointing == "none"
+    assert launched.count("rms_norm_fwd_kernel") == (norms if plain else 2 * norms)
+    assert launched.count("rms_norm_bwd_kernel") == (norms - first if plain else norms)
+
+
+def test_norms_in_evaluation_are_the_models_own(launched):
+    model = lora_model(train=False).to(DEVICE)
+    batch = {name: tensor.to(DEVICE) for name, tensor in make_batch().items()}
+    want = model(**batch).logits
+    with sparsify(model, NORMS):
+        assert torch.equal(model(**batch).logits, want)
+    assert not launched
+
+
+def test_norms_with_a_forward_of_others_keep_it(launched):
+    model = lora_model().to(DEVICE)
+    norm, calls = model.get_base_model().model.layers[1].input_layernorm, []
+    norm.forward = lambda x: calls.append(1) or LlamaRMSNorm.forward(norm, x)
+    with sparsify(model, NORMS):
+        calls.clear()
+        loss_and_gradients(model, {name: tensor.to(DEVICE) for name, tensor in make_batch().items()})
+    assert len(calls) == 1
+    assert launched.count("rms_norm_fwd_kernel") == 2 * 3 - 1
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype", "weight_dtype"),
+    [
+        (8, torch.bfloat16, torch.float32),
+        (MAX_WIDTH + 1, torch.float32, torch.float32),
+        (8, torch.float64, torch.float64),
+    ],
+    ids=["mixed types", "too wide", "float64"],
+)
+def test_norms_without_a_kernel(width, dtype, weight_dtype, launched):
+    norm, x = LlamaRMSNorm(width).to(DEVICE, weight_dtype), Draw(dtype)(2, width).requires_grad_()
+    y = lean_rms_norm(x, norm, norm.weight, 0.0, norm.variance_epsilon, True, "triton")
+    y.sum().backward()
+    assert torch.equal(y, norm(x))
+    assert not launched
 
 
 def test_float64_goes_through_pytorch():
