@@ -8,9 +8,11 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 from helpers import ROOT
 
 from sparselora_hf import SparseLoraConfig
+from sparselora_hf.kernels.choice import shape_key
 
 BENCH = ROOT / "recipes" / "bench"
 SCRIPTS = ("setup", "step", "attach", "kernel_times", "profile_step")
@@ -135,6 +137,29 @@ def test_kernel_times_that_are_cut_short_are_kept(bench, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="StopIteration"):
         bench.kernel_times.main(["--device", "cpu", "--tiny", "--dtype", "fp32", "--csv", str(tmp_path / "k.csv")])
     assert [row["operation"] for row in rows_of(tmp_path / "k.csv")] == ["rows", "rows", "columns", "columns"]
+
+
+def test_floor_of_a_norm_is_two_passes_forward_and_three_backward(bench, monkeypatch):
+    times, tiny = bench.kernel_times, bench.kernel_times.TINY
+    monkeypatch.setattr(times, "median_ms", lambda *_: 1.0)
+    rows = list(times.measure("tiny", tiny, "cpu", torch.float32, (4.0 * tiny.tokens * tiny.hidden, 1e30)))
+    floors = {row["direction"]: row["floor_ms"] for row in rows if row["operation"] == "rms norm"}
+    assert floors == {"forward": 2.0, "backward": 3.0}
+    key = shape_key("norm", torch.float32, tiny.tokens, tiny.hidden, tiny.hidden)
+    assert times.fastest(rows)[key] == ["torch", 0]
+
+
+def test_every_kernel_has_its_group_in_the_profile(bench):
+    pytest.importorskip("triton", reason="Triton is there on Linux only")
+    from sparselora_hf.kernels.compiled import CASES
+
+    names = {case.kernel.__name__ for case in CASES}
+    groups = {name: bench.profile_step.group_of(name) for name in names}
+    assert {name for name, group in groups.items() if group == "norm and element-wise"} == {
+        "rms_norm_fwd_kernel",
+        "rms_norm_bwd_kernel",
+    }
+    assert set(groups.values()) == {"sparse kernels", "estimator", "norm and element-wise"}
 
 
 def test_a_machine_without_git_measures_all_the_same(bench, monkeypatch):

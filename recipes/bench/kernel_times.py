@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from step import RESULTS, append_csv, environment
 from torch.nn import functional as F
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from sparselora_hf.kernels.choice import Choice, shape_key, write_table
 from sparselora_hf.kernels.runtime import blocker
@@ -29,6 +30,7 @@ from sparselora_hf.kernels.tiles import tiles_of
 from sparselora_hf.ops.context import context_linear
 from sparselora_hf.ops.estimator import channel_norms, gated_norms
 from sparselora_hf.ops.mlp import MlpWeights, StandIn, kept_mlp
+from sparselora_hf.ops.rms import lean_rms_norm
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -58,7 +60,11 @@ TINY = Shape(96, 64, 64, 160, 16, 16, 4, 8)
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """One operation at one shape: a function of the way, what it moves and computes, and the entry it decides."""
+    """One operation at one shape: a function of the way, what it moves and computes, and the entry it decides.
+
+    `tiles` names the list of which the triton way takes its pick, if there is one; `elements_back` is what backward
+    moves where that is another number.
+    """
 
     name: str
     op: str
@@ -68,8 +74,13 @@ class Subject:
     flops: float
     elements: float
     ways: tuple[str, ...]
-    tiles: str
+    tiles: str = ""
     backward: bool = True
+    elements_back: float | None = None
+
+    def moved(self, direction: str) -> float:
+        """Elements read and written."""
+        return self.elements if direction == "forward" or self.elements_back is None else self.elements_back
 
 
 def subjects(shape: Shape, device: str, dtype: torch.dtype) -> Iterator[Subject]:
@@ -121,6 +132,11 @@ def subjects(shape: Shape, device: str, dtype: torch.dtype) -> Iterator[Subject]
 
     flops = 2.0 * c * r * (2 * h + 2 * n)
     yield Subject("gated norms", "estimator", gated, few, 2 * r, flops, c * h, both, "project", backward=False)
+    norm = LlamaRMSNorm(h).to(device, dtype).requires_grad_(False)
+    yield Subject(
+        "rms norm", "norm", lambda x, way: lean_rms_norm(x, norm, norm.weight, 0.0, norm.variance_epsilon, True, way),
+        x, h, 0.0, 2 * t * h, both, elements_back=3 * t * h,
+    )  # fmt: skip
 
 
 def median_ms(run: Callable[[], object], device: str) -> float:
@@ -156,7 +172,7 @@ def ways_of(subject: Subject) -> Iterator[Choice]:
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     exact = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
     for way in subject.ways[1:]:
-        tiles = len(tiles_of(subject.tiles, capability, exact)) if way == "triton" else 1
+        tiles = len(tiles_of(subject.tiles, capability, exact)) if way == "triton" and subject.tiles else 1
         yield from (Choice(way, number) for number in range(tiles))
 
 
@@ -177,7 +193,7 @@ def measure(name: str, shape: Shape, device: str, dtype: torch.dtype, limits: tu
     for subject in subjects(shape, device, dtype):
         for way in ways_of(subject):
             for direction, ms in times_of(subject, way, device).items():
-                moved = subject.elements * dtype.itemsize
+                moved = subject.moved(direction) * dtype.itemsize
                 floor = max(moved / limits[0], subject.flops / limits[1])
                 yield {
                     "shape": name,

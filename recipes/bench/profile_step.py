@@ -27,7 +27,7 @@ GROUPS = {
     "gather and scatter": ("index", "Index", "gather", "scatter", "cat"),
     "copy and fill": ("copy", "Memcpy", "Memset", "fill", "zero", "cast"),
     "optimizer": ("multi_tensor", "foreach", "adam"),
-    "norm and element-wise": ("elementwise", "reduce", "norm", "triton_", "aten::"),
+    "norm and element-wise": ("elementwise", "reduce", "norm", "Norm", "triton_", "aten::"),
 }
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "aten::_local_scalar_dense")
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernelEx")
