@@ -9,6 +9,7 @@ from torch.autograd import gradcheck
 from sparselora_hf import SparseLoraConfig, sparsify
 from sparselora_hf.modules.classes import Patched
 from sparselora_hf.ops.branch import add_branch, fork_branch
+from sparselora_hf.ops.projection import projection
 
 LEAN = SparseLoraConfig(exact=("adapters",))
 
@@ -19,8 +20,9 @@ def layers_of(model):
 
 def count_in_place(monkeypatch) -> list:
     calls = []
-    counted = lambda *args: calls.append(1) or add_branch(*args)  # noqa: E731
-    monkeypatch.setattr("sparselora_hf.modules.adapter.add_branch", counted)
+    for function in (add_branch, projection):
+        counted = lambda *args, function=function: calls.append(1) or function(*args)  # noqa: E731
+        monkeypatch.setattr(f"sparselora_hf.modules.adapter.{function.__name__}", counted)
     return calls
 
 

@@ -4,7 +4,7 @@ from torch.autograd import gradcheck
 from torch.nn import functional as F
 
 from sparselora_hf.ops import context
-from sparselora_hf.ops.context import add_stand_in, context_linear
+from sparselora_hf.ops.context import ContextPart, add_stand_in, context_linear
 from sparselora_hf.ops.rows import fork_rows, overlay_rows
 
 SETTINGS = {
@@ -48,7 +48,7 @@ def test_alone(rows, over_outputs, biased, poison):
     here = torch.zeros(TOKENS, 1, dtype=torch.float64).index_fill_(0, rows[0], 1)
 
     def op(x):
-        return context_linear(x, rows[0], weight, index, bias, over_outputs=over_outputs)
+        return context_linear(x, weight, bias, ContextPart(rows[0], index, over_outputs))
 
     torch.testing.assert_close(op(x), definition(x, weight, mask, bias, over_outputs) * here)
     assert gradcheck(op, x)
@@ -64,7 +64,7 @@ def test_joined_with_dense_rows(rows, over_outputs, share, poison, monkeypatch):
 
     def joined(x):
         whole, few = fork_rows(x, rows[1], apart=True)
-        y = context_linear(whole, rows[0], weight, index, bias, over_outputs=over_outputs, covered=covered)
+        y = context_linear(whole, weight, bias, ContextPart(rows[0], index, over_outputs, covered))
         return overlay_rows(y, F.linear(few, weight, bias), rows[1], apart=True)
 
     def want(x):
@@ -82,16 +82,16 @@ def test_nothing_but_the_frozen_parts_is_kept():
     weight, index, _, _ = case(True, False)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        context_linear(draw(6, INPUTS).requires_grad_(), torch.arange(3), weight, index, over_outputs=True)
+        context_linear(draw(6, INPUTS).requires_grad_(), weight, None, ContextPart(torch.arange(3), index, True))
     assert not saved
 
 
 def test_types_follow_linear():
     weight, index, _, bias = case(True, True)
-    x, rows = draw(TOKENS, INPUTS).float().requires_grad_(), torch.arange(4)
-    assert context_linear(x, rows, weight.bfloat16(), index, over_outputs=True).dtype == torch.bfloat16
+    x, part = draw(TOKENS, INPUTS).float().requires_grad_(), ContextPart(torch.arange(4), index, True)
+    assert context_linear(x, weight.bfloat16(), None, part).dtype == torch.bfloat16
     with torch.autocast("cpu", torch.bfloat16):
-        y = context_linear(x, rows, weight.float(), index, bias.float(), over_outputs=True)
+        y = context_linear(x, weight.float(), bias.float(), part)
     assert y.dtype == torch.bfloat16
     y.float().sum().backward()
     assert x.grad.dtype == torch.float32
@@ -104,7 +104,7 @@ def test_stand_in_is_the_factors_on_dropped_channels(over_outputs):
     x, everything = draw(TOKENS, INPUTS).requires_grad_(), torch.arange(TOKENS)
 
     def op(x):
-        y = context_linear(x, everything, weight, index, bias, over_outputs=over_outputs)
+        y = context_linear(x, weight, bias, ContextPart(everything, index, over_outputs))
         return add_stand_in(y, x, index, down, up, over_outputs=over_outputs)
 
     want = definition(x, weight, mask, bias, over_outputs) + definition(x, up @ down, 1 - mask, None, over_outputs)

@@ -27,7 +27,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from sparselora_hf.kernels.choice import Choice, shape_key, write_table
 from sparselora_hf.kernels.runtime import blocker
 from sparselora_hf.kernels.tiles import tiles_of
-from sparselora_hf.ops.context import context_linear
+from sparselora_hf.ops.context import ContextPart, context_linear
 from sparselora_hf.ops.estimator import channel_norms, gated_norms
 from sparselora_hf.ops.mlp import MlpWeights, StandIn, kept_mlp
 from sparselora_hf.ops.rms import lean_rms_norm
@@ -99,8 +99,7 @@ def subjects(shape: Shape, device: str, dtype: torch.dtype) -> Iterator[Subject]
     for op, over_outputs in (("rows", True), ("columns", False)):
 
         def attention(x, way, over_outputs=over_outputs):
-            options = {"over_outputs": over_outputs, "covered": t, "kernels": way}
-            return context_linear(x, context, weight, channels, **options)
+            return context_linear(x, weight, None, ContextPart(context, channels, over_outputs, t, way))
 
         tiles = "scatter_product" if over_outputs else "gather_product"
         yield Subject(op, op, attention, x, a, 2.0 * c * h * a, c * (h + a) + a * h, both, tiles)

@@ -4,28 +4,17 @@ PEFT's own forward runs wherever anything is out of the ordinary: another kind o
 dropout, a bias, mixed types without autocast, arguments, hooks that see the base linear's result.
 """
 
-import dataclasses
 from collections.abc import Iterable
 
 import torch
 from torch import nn
 
-from ..ops.branch import add_branch, fork_branch
+from ..ops.branch import Branch, add_branch, fork_branch
+from ..ops.projection import projection
 from .classes import Patched, Patches
+from .linear import is_bare, mixed_rows, product_type
 
 __all__ = ["lean_adapters"]
-
-_AUTOCAST = (torch.float32, torch.float16, torch.bfloat16)  # what autocast casts; it leaves float64 alone
-
-
-@dataclasses.dataclass(frozen=True)
-class _Branch:
-    """A and B of the one adapter that acts, its scaling, and the type of its products."""
-
-    a: nn.Parameter
-    b: nn.Parameter
-    scaling: float
-    dtype: torch.dtype
 
 
 class _LeanLora(Patched):
@@ -35,18 +24,23 @@ class _LeanLora(Patched):
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """``[..., in]`` to ``[..., out]``."""
-        branch = None if args or kwargs or torch.compiler.is_compiling() else _plain_branch(self, x)
-        if branch is None:
+        lean = self.training and not (args or kwargs or torch.compiler.is_compiling())
+        branch = _plain_branch(self) if lean else None
+        dtype = None if branch is None else product_type(x, branch.a, branch.b)
+        if dtype is None:
             return self.dense_forward(x, *args, **kwargs)
-        through, hidden = fork_branch(x, branch.a, branch.dtype)
-        y = self.base_layer(through)
-        if y._is_view() or not y.is_contiguous() or y.dtype != branch.dtype:
-            wide = nn.functional.linear(hidden, branch.b.to(branch.dtype)) * branch.scaling
+        base = self.base_layer
+        if is_bare(base, dtype):
+            return projection(x, base.weight, base.bias, dtype, branch, mixed_rows(base, x, dtype))
+        through, hidden = fork_branch(x, branch.a, dtype)
+        y = base(through)
+        if y._is_view() or not y.is_contiguous() or y.dtype != dtype:
+            wide = nn.functional.linear(hidden, branch.b.to(dtype)) * branch.scaling
             return (y + wide.view(y.shape)).to(y.dtype)
         return add_branch(y, hidden, branch.b, branch.scaling)
 
 
-def _plain_branch(layer: nn.Module, x: torch.Tensor) -> _Branch | None:
+def _plain_branch(layer: nn.Module) -> Branch | None:
     """A layer's only adapter; None where it is not a plain one, or not alone."""
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     if len(names) != 1 or layer.disable_adapters or layer.merged or names[0] in layer.lora_variant:
@@ -54,20 +48,9 @@ def _plain_branch(layer: nn.Module, x: torch.Tensor) -> _Branch | None:
     [name] = names
     a, b = layer.lora_A[name], layer.lora_B[name]
     ordinary = all(type(part) is nn.Linear and part.bias is None and not part._forward_hooks for part in (a, b))
-    dtype = _product_type(x, a.weight, b.weight)
-    if not ordinary or dtype is None or layer.base_layer._forward_hooks:
+    if not ordinary or layer.base_layer._forward_hooks or not isinstance(layer.lora_dropout[name], nn.Identity):
         return None
-    if not isinstance(layer.lora_dropout[name], nn.Identity):
-        return None
-    return _Branch(a.weight, b.weight, layer.scaling[name], dtype)
-
-
-def _product_type(*tensors: torch.Tensor) -> torch.dtype | None:
-    """Type in which a linear multiplies these: autocast's, or the one that all have; None where they differ."""
-    dtypes, device = {tensor.dtype for tensor in tensors}, tensors[0].device.type
-    if torch.is_autocast_enabled(device) and dtypes <= set(_AUTOCAST):
-        return torch.get_autocast_dtype(device)
-    return dtypes.pop() if len(dtypes) == 1 else None
+    return Branch(a.weight, b.weight, layer.scaling[name])
 
 
 def lean_adapters(modules: Iterable[nn.Module]) -> Patches:

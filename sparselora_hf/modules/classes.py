@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["Patched", "Patches", "link_of", "patch", "unpatch"]
+__all__ = ["Patched", "Patches", "has_own_forward", "link_of", "patch", "unpatch"]
 
 _LINK = "_sparselora"
 _FORWARD = "_sparselora_forward"
@@ -68,6 +68,11 @@ def unpatch(module: nn.Module) -> None:
     del module.__dict__[_LINK]
     if _FORWARD in module.__dict__:
         module.__dict__["forward"] = module.__dict__.pop(_FORWARD)
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether others have put a `forward` on this instance, before it was patched or after."""
+    return "forward" in module.__dict__ or _FORWARD in module.__dict__
 
 
 def link_of(module: nn.Module) -> Any:

@@ -1,14 +1,18 @@
 """A frozen linear that computes all channels for output rows and the kept ones for context rows."""
 
 import torch
+from torch import nn
 
-from ..ops.context import add_stand_in, context_linear
+from ..ops.context import ContextPart, add_stand_in, context_linear, stand_in_factors
+from ..ops.projection import MixedRows, projection
 from ..ops.quant import frozen_weight
 from ..ops.rows import fork_rows, overlay_rows
 from ..state import Rows
-from .classes import Patched, link_of
+from .classes import Patched, has_own_forward, link_of
 
-__all__ = ["SparseLinear"]
+__all__ = ["SparseLinear", "is_bare", "mixed_rows", "product_type"]
+
+_AUTOCAST = (torch.float32, torch.float16, torch.bfloat16)  # what autocast casts; it leaves float64 alone
 
 
 class SparseLinear(Patched):
@@ -19,12 +23,12 @@ class SparseLinear(Patched):
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """``[..., in]`` to ``[..., out]``; rows that the batch does not need come back as zero."""
-        link = link_of(self)
-        if link.role == "o" and link.state.config.compensation == "low_rank":
-            link.observe("o", x.detach().reshape(-1, x.shape[-1]), self.training)
-        rows = link.rows(x, self.training)
+        rows = _rows(self, x)
         if rows is None:
             return self.dense_forward(x, *args, **kwargs)
+        dtype = product_type(x, self.weight)
+        if not (args or kwargs) and is_bare(self, dtype):
+            return projection(x, self.weight, self.bias, dtype, rows=_mixed(self, rows, dtype))
         flat = x.reshape(-1, x.shape[-1])
         whole, few = fork_rows(flat, rows.dense, apart=True)
         y_dense = self.dense_forward(few, *args, **kwargs)
@@ -36,12 +40,57 @@ class SparseLinear(Patched):
 
     def _context(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
         """All rows ``[T, out]``, of which the context rows alone are computed."""
-        link, covered = link_of(self), len(rows.dense) + len(rows.sparse)
-        # where there is no context row, no channel set was chosen
-        index = link.channels() if len(rows.sparse) else rows.sparse
-        options = {"over_outputs": link.role != "o", "covered": covered, "kernels": link.state.config.kernels}
-        y = context_linear(x, rows.sparse, frozen_weight(self), index, self.bias, **options)
-        stand_in = link.state.calibration.factor_stand_ins.get((link.layer, link.role))
-        if stand_in is None or not len(rows.sparse):
-            return y
-        return add_stand_in(y, x, index, stand_in.down, stand_in.up, over_outputs=link.role != "o")
+        part, stand_in = _part(self, rows), _stand_in(self, rows)
+        y = context_linear(x, frozen_weight(self), self.bias, part)
+        return y if stand_in is None else add_stand_in(y, x, part.index, *stand_in, over_outputs=part.over_outputs)
+
+
+def _rows(module: SparseLinear, x: torch.Tensor) -> Rows | None:
+    link = link_of(module)
+    if link.role == "o" and link.state.config.compensation == "low_rank":
+        link.observe("o", x.detach().reshape(-1, x.shape[-1]), module.training)
+    return link.rows(x, module.training)
+
+
+def _part(module: SparseLinear, rows: Rows) -> ContextPart:
+    link, covered = link_of(module), len(rows.dense) + len(rows.sparse)
+    # where there is no context row, no channel set was chosen
+    index = link.channels() if len(rows.sparse) else rows.sparse
+    return ContextPart(rows.sparse, index, link.role != "o", covered, link.state.config.kernels)
+
+
+def _stand_in(module: SparseLinear, rows: Rows) -> tuple[torch.Tensor, torch.Tensor] | None:
+    link = link_of(module)
+    factors = link.state.calibration.factor_stand_ins.get((link.layer, link.role))
+    return None if factors is None or not len(rows.sparse) else (factors.down, factors.up)
+
+
+def _mixed(module: SparseLinear, rows: Rows, dtype: torch.dtype) -> MixedRows:
+    part, stand_in = _part(module, rows), _stand_in(module, rows)
+    if stand_in is not None:
+        stand_in = stand_in_factors(part.index, *stand_in, over_outputs=part.over_outputs)
+        stand_in = tuple(factor.to(dtype) for factor in stand_in)
+    return MixedRows(rows.dense, part, stand_in)
+
+
+def mixed_rows(module: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> MixedRows | None:
+    """How a linear treats the rows of its input ``x`` now; None where all have all channels."""
+    rows = _rows(module, x) if isinstance(module, SparseLinear) else None
+    return None if rows is None else _mixed(module, rows, dtype)
+
+
+def product_type(*tensors: torch.Tensor) -> torch.dtype | None:
+    """Type in which a linear multiplies these: autocast's, or the one that all have; None where they differ."""
+    dtypes, device = {tensor.dtype for tensor in tensors}, tensors[0].device.type
+    if torch.is_autocast_enabled(device) and dtypes <= set(_AUTOCAST):
+        return torch.get_autocast_dtype(device)
+    return dtypes.pop() if len(dtypes) == 1 else None
+
+
+def is_bare(linear: nn.Module, dtype: torch.dtype | None) -> bool:
+    """Whether a linear is nothing but a product with a frozen weight of this type that nobody watches."""
+    if (linear._dense_class if isinstance(linear, Patched) else type(linear)) is not nn.Linear:
+        return False
+    seen = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
+    tensors = (linear.weight,) if linear.bias is None else (linear.weight, linear.bias)
+    return not (seen or has_own_forward(linear)) and all(t.dtype == dtype and not t.requires_grad for t in tensors)

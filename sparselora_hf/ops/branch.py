@@ -5,10 +5,21 @@ PEFT widens ``x`` to the type of the adapter and autocast narrows it again. Here
 into ``y``, backward into the gradient that the frozen product gives ``x``.
 """
 
+import dataclasses
+
 import torch
 from torch.autograd.function import once_differentiable
 
-__all__ = ["add_branch", "fork_branch"]
+__all__ = ["Branch", "add_branch", "fork_branch"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Branch:
+    """``scaling · (x Aᵀ) Bᵀ`` with A ``[r, in]`` and B ``[out, r]``, of any type."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scaling: float
 
 
 class _ForkBranch(torch.autograd.Function):

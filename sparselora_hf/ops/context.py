@@ -5,6 +5,9 @@ The result has the rows of the whole batch. Rows that are dense elsewhere are fi
 narrow product are cheaper than taking all others out and putting them back: two copies at full width less.
 """
 
+import dataclasses
+from collections.abc import Callable
+
 import torch
 from torch.autograd.function import once_differentiable
 
@@ -15,28 +18,63 @@ from .quant import FrozenWeight, read_columns, read_rows
 from .rows import blank
 from .slices import column_slice, row_slice
 
-__all__ = ["add_stand_in", "context_linear"]
+__all__ = ["ContextPart", "add_stand_in", "context_backward", "context_forward", "context_linear", "stand_in_factors"]
 
 _IN_PLACE = 15 / 16  # share of context rows from which the product runs over all rows: even at 7/8 of width 1024
 
 
 class _ContextLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, rows, frozen, over_outputs, covered, mode):
-        weight, index, bias = frozen
-        ctx.frozen, ctx.width = (rows, weight, index, over_outputs, covered, mode), x.shape[1]
-        way = choose("rows" if over_outputs else "columns", x, x.shape[1], len(index), mode)
-        product = _product_by_triton if way.way == "triton" else _product
-        return product(x, rows, weight, index, bias, weight.shape[0], covered, way, over_outputs, transposed=True)
+    def forward(ctx, x, frozen, part):
+        ctx.frozen, ctx.width = (frozen[0], part), x.shape[1]
+        return context_forward(x, *frozen, part)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        rows, weight, index, over_outputs, covered, mode = ctx.frozen
-        way = choose("rows" if over_outputs else "columns", grad, ctx.width, len(index), mode)
-        product = _product_by_triton if way.way == "triton" else _product
-        args = (rows, weight, index, None, ctx.width, covered, way)
-        return product(grad, *args, not over_outputs, transposed=False), None, None, None, None, None
+        weight, part = ctx.frozen
+        return context_backward(grad, weight, part, ctx.width), None, None
+
+
+@dataclasses.dataclass(frozen=True)
+class ContextPart:
+    """The context rows of a batch and the channels that a frozen linear keeps for them.
+
+    Args:
+        rows: int64 ``[C]``, the context rows.
+        index: int64 ``[K]``, distinct: kept output channels, or kept input channels.
+        over_outputs: what ``index`` counts. Dropped output channels have no product, dropped input channels are
+            taken for zero.
+        covered: rows that are here or that are filled afterwards. Where these are all ``T``, the rest is not zeroed.
+        kernels: as in `SparseLoraConfig`.
+    """
+
+    rows: torch.Tensor
+    index: torch.Tensor
+    over_outputs: bool
+    covered: int = 0
+    kernels: str | Choice = "auto"
+
+
+def context_forward(
+    x: torch.Tensor, weight: FrozenWeight, bias: torch.Tensor | None, part: ContextPart
+) -> torch.Tensor:
+    """``[T, in]`` to ``[T, out]``, see `context_linear`; no gradient."""
+    product, way = _way(x, x.shape[1], part)
+    args = (weight, part.index, bias, weight.shape[0], part.covered, way)
+    return product(x, part.rows, *args, part.over_outputs, transposed=True)
+
+
+def context_backward(grad: torch.Tensor, weight: FrozenWeight, part: ContextPart, width: int) -> torch.Tensor:
+    """Gradient ``[T, out]`` of `context_forward` to that of its input, ``[T, width]``."""
+    product, way = _way(grad, width, part)
+    args = (weight, part.index, None, width, part.covered, way)
+    return product(grad, part.rows, *args, not part.over_outputs, transposed=False)
+
+
+def _way(x: torch.Tensor, width: int, part: ContextPart) -> tuple[Callable[..., torch.Tensor], Choice]:
+    way = choose("rows" if part.over_outputs else "columns", x, width, len(part.index), part.kernels)
+    return (_product_by_triton if way.way == "triton" else _product), way
 
 
 def _product(x, rows, weight, index, bias, width, covered, way, over_outputs, transposed):
@@ -77,35 +115,21 @@ def _product_by_triton(x, rows, weight, index, bias, width, covered, way, over_o
 
 
 def context_linear(
-    x: torch.Tensor,
-    rows: torch.Tensor,
-    weight: FrozenWeight,
-    index: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    *,
-    over_outputs: bool,
-    covered: int = 0,
-    kernels: str | Choice = "auto",
+    x: torch.Tensor, weight: FrozenWeight, bias: torch.Tensor | None, part: ContextPart
 ) -> torch.Tensor:
-    """A frozen linear on the rows ``rows`` of ``x`` with its kept channels.
+    """A frozen linear on the context rows of ``x`` with its kept channels.
 
     Args:
         x: ``[T, in]``.
-        rows: int64 ``[C]``, the context rows.
         weight: ``[out, in]``, frozen.
-        index: int64 ``[K]``, distinct: kept output channels, or kept input channels.
         bias: ``[out]``, frozen, or None: added to every channel, kept or not.
-        over_outputs: what ``index`` counts. Dropped output channels have no product, dropped input channels are
-            taken for zero.
-        covered: rows that are here or that `overlay_rows` fills. Where these are all ``T``, the rest is not zeroed.
-        kernels: as in `SparseLoraConfig`.
+        part: rows and channels.
 
     Returns:
-        ``[T, out]``, typed as `gathered_rows` is; rows that are not in ``rows`` are zero, or arbitrary where all are
+        ``[T, out]``, typed as `gathered_rows` is; rows that are not of the part are zero, or arbitrary where all are
         covered. Differentiable in ``x``.
     """
-    x = x.to(compute_dtype(x, weight))
-    return _ContextLinear.apply(x, rows, (weight, index, bias), over_outputs, covered, kernels)
+    return _ContextLinear.apply(x.to(compute_dtype(x, weight)), (weight, bias), part)
 
 
 def add_stand_in(
@@ -124,8 +148,12 @@ def add_stand_in(
     Returns:
         ``y``. Differentiable in ``x``.
     """
-    if over_outputs:
-        up = up.index_fill(0, index, 0)
-    else:
-        down = down.index_fill(1, index, 0)
+    down, up = stand_in_factors(index, down, up, over_outputs=over_outputs)
     return y.addmm_(x.to(y.dtype) @ down.t().to(y.dtype), up.t().to(y.dtype))
+
+
+def stand_in_factors(
+    index: torch.Tensor, down: torch.Tensor, up: torch.Tensor, *, over_outputs: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors ``[r, in]`` and ``[out, r]`` with their kept channels ``index`` ``[K]`` set to zero."""
+    return (down, up.index_fill(0, index, 0)) if over_outputs else (down.index_fill(1, index, 0), up)

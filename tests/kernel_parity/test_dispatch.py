@@ -13,8 +13,10 @@ from sparselora_hf.kernels import choice
 from sparselora_hf.kernels.choice import Choice
 from sparselora_hf.kernels.tiles import MAX_WIDTH
 from sparselora_hf.ops import mlp as mlp_ops
-from sparselora_hf.ops.context import context_linear
+from sparselora_hf.ops.branch import Branch
+from sparselora_hf.ops.context import ContextPart, context_linear
 from sparselora_hf.ops.mlp import MlpWeights, StandIn, kept_mlp
+from sparselora_hf.ops.projection import MixedRows, projection
 from sparselora_hf.ops.rms import lean_rms_norm
 from sparselora_hf.ops.rows import fork_rows, overlay_rows
 
@@ -46,9 +48,29 @@ def test_context_linear(counts, over_outputs, biased, dtype):
 
     def op(x, kernels):
         whole, few = fork_rows(x, output, apart=True)
-        options = {"over_outputs": over_outputs, "covered": sum(counts), "kernels": kernels}
-        y = context_linear(whole, context, weight, index, bias, **options)
+        part = ContextPart(context, index, over_outputs, sum(counts), kernels)
+        y = context_linear(whole, weight, bias, part)
         return overlay_rows(y, F.linear(few, weight, bias), output, apart=True)
+
+    (y, grad), (y_want, grad_want) = both(op, x)
+    assert_near(y, y_want, dtype)
+    assert_near(grad, grad_want, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("over_outputs", [True, False], ids=["outputs", "inputs"])
+@pytest.mark.parametrize("counts", ROWS.values(), ids=ROWS.keys())
+def test_projection(counts, over_outputs, dtype):
+    draw = Draw(dtype)
+    x, weight, bias = draw(40, 45), draw(70, 45), draw(70)
+    branch, stand_in = Branch(draw(3, 45), draw(70, 3), 0.5), (draw(4, 45, scale=0.2), draw(70, 4, scale=0.2))
+    index, order = draw.subset(70 if over_outputs else 45, 13), torch.randperm(40, generator=draw.generator)
+    context, output = (part.sort().values.to(DEVICE) for part in order.split([counts[0], 40 - counts[0]]))
+    output = output[: counts[1]]
+
+    def op(x, kernels):
+        rows = MixedRows(output, ContextPart(context, index, over_outputs, sum(counts), kernels), stand_in)
+        return projection(x, weight, bias, dtype, branch, rows)
 
     (y, grad), (y_want, grad_want) = both(op, x)
     assert_near(y, y_want, dtype)

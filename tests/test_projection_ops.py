@@ -1,0 +1,112 @@
+"""The whole projection as one function: it is the chain of functions that defines it."""
+
+import pytest
+import torch
+from helpers import kept_for_backward
+from torch.autograd import gradcheck
+from torch.nn import functional as F
+
+from sparselora_hf.ops.branch import Branch, add_branch, fork_branch
+from sparselora_hf.ops.context import ContextPart, add_stand_in, context_linear, stand_in_factors
+from sparselora_hf.ops.projection import MixedRows, projection
+from sparselora_hf.ops.rows import fork_rows, overlay_rows
+
+ROWS = {
+    "some rows": ([1, 4, 5], [0, 2]),
+    "all rows": ([0, 2, 4], [1, 3, 5]),
+    "all context": ([0, 1, 2, 3, 4, 5], []),
+    "all output": ([], [0, 1, 2, 3, 4, 5]),
+}
+INPUTS, OUTPUTS, KEEP, RANK = 5, 7, 3, 2
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+WEIGHT, BIAS = draw(OUTPUTS, INPUTS, seed=1), draw(OUTPUTS, seed=2)
+
+
+def operands(branched=True):
+    a = draw(RANK, INPUTS, seed=3).requires_grad_()
+    b = draw(OUTPUTS, RANK, seed=4).requires_grad_()
+    return draw(2, 3, INPUTS).requires_grad_(), *((a, b) if branched else ())
+
+
+def mixed(rows, over_outputs, stand_in):
+    context, dense = (torch.tensor(part, dtype=torch.long) for part in rows)
+    generator = torch.Generator().manual_seed(5)
+    index = torch.randperm(OUTPUTS if over_outputs else INPUTS, generator=generator)[:KEEP].sort().values
+    factors = (draw(RANK, INPUTS, seed=6), draw(OUTPUTS, RANK, seed=7)) if stand_in else None
+    part = ContextPart(context, index, over_outputs, len(context) + len(dense))
+    ready = None if factors is None else stand_in_factors(index, *factors, over_outputs=over_outputs)
+    return MixedRows(dense, part, ready), factors
+
+
+def chain(rows, factors, bias, x, a=None, b=None):
+    through, hidden = (x, None) if a is None else fork_branch(x, a, x.dtype)
+    whole, few = fork_rows(through.reshape(-1, INPUTS), rows.dense, apart=True)
+    y = context_linear(whole, WEIGHT, bias, rows.part)
+    if factors is not None:
+        y = add_stand_in(y, whole, rows.part.index, *factors, over_outputs=rows.part.over_outputs)
+    y = overlay_rows(y, F.linear(few, WEIGHT, bias), rows.dense, apart=True)
+    return (y if a is None else add_branch(y, hidden, b, 1.5)).view(2, 3, OUTPUTS)
+
+
+@pytest.mark.parametrize("branched", [True, False], ids=["branch", "alone"])
+@pytest.mark.parametrize("stand_in", [False, True], ids=["", "stand-in"])
+@pytest.mark.parametrize("over_outputs", [True, False], ids=["outputs", "inputs"])
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS.keys())
+def test_it_is_the_chain(rows, over_outputs, stand_in, branched, poison):
+    rows, factors = mixed(rows, over_outputs, stand_in)
+    bias = None if stand_in else BIAS
+
+    def one(x, a=None, b=None):
+        branch = None if a is None else Branch(a, b, 1.5)
+        return projection(x, WEIGHT, bias, x.dtype, branch, rows)
+
+    inputs, grad = operands(branched), draw(2, 3, OUTPUTS, seed=8)
+    got, want = one(*inputs), chain(rows, factors, bias, *inputs)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(torch.autograd.grad(got, inputs, grad), torch.autograd.grad(want, inputs, grad))
+    assert gradcheck(one, inputs)
+
+
+@pytest.mark.parametrize("bias", [None, BIAS], ids=["plain", "bias"])
+def test_dense_rows_alone_are_a_lora_linear(bias):
+    inputs = operands()
+
+    def one(x, a, b):
+        return projection(x, WEIGHT, bias, x.dtype, Branch(a, b, 1.5))
+
+    torch.testing.assert_close(
+        one(*inputs), F.linear(inputs[0], WEIGHT, bias) + 1.5 * inputs[0] @ inputs[1].t() @ inputs[2].t()
+    )
+    assert gradcheck(one, inputs)
+
+
+def test_a_frozen_input_gets_no_gradient():
+    x, a, b = operands()
+    y = projection(x.detach(), WEIGHT, None, x.dtype, Branch(a, b, 1.0))
+    y.sum().backward()
+    assert a.grad.abs().sum() > 0
+    torch.testing.assert_close(b.grad, (x @ a.t()).detach().sum((0, 1)).expand_as(b))
+
+
+def test_types_are_those_of_the_arguments():
+    x, a, b = (t.detach().float().requires_grad_() for t in operands())
+    y = projection(x, WEIGHT.bfloat16(), None, torch.bfloat16, Branch(a, b, 1.0))
+    assert y.dtype == torch.bfloat16
+    assert not y._is_view()
+    y.float().square().sum().backward()
+    assert {t.grad.dtype for t in (x, a, b)} == {torch.float32}
+
+
+def test_what_is_kept_for_backward():
+    x, a, b = operands()
+    rows, _ = mixed(ROWS["some rows"], True, False)
+    kept = kept_for_backward(lambda: projection(x, WEIGHT, None, x.dtype, Branch(a, b, 1.0), rows))
+    shapes = [tuple(t.shape) for t in kept if t is not WEIGHT]
+    assert sorted(shapes) == sorted([(2, 3, INPUTS), (6, RANK), (RANK, INPUTS), (OUTPUTS, RANK)])
+    [alone] = kept_for_backward(lambda: projection(x, WEIGHT, None, x.dtype, rows=rows))
+    assert alone is WEIGHT
