@@ -29,6 +29,7 @@ from .modules.checkpointing import KeepAttention
 from .modules.classes import Patched, patch
 from .modules.detach import DetachHook
 from .modules.forward import ForwardHook
+from .modules.gate import lean_mlps
 from .modules.layout import TrainingLayout
 from .modules.linear import SparseLinear
 from .modules.mask import MaskHook
@@ -263,7 +264,11 @@ def _detach_lowest(handle: SparseLoraHandle) -> None:
 
 
 def _make_lean(handle: SparseLoraHandle, layers: list[Layer]) -> None:
-    """Norms and adapters of the layers in fewer passes over memory."""
+    """Activations, norms and adapters of the layers in fewer passes over memory."""
+    if "activations" in handle.config.exact:
+        mlps = [(layer.number, layer.mlp) for layer in layers if layer.mlp is not None]
+        links = ((mlp, LayerLink(handle.state, number, "mlp", None, False, handle.family)) for number, mlp in mlps)
+        handle._hooks.append(lean_mlps(links))
     if "norms" in handle.config.exact:
         kind = type(part_of(language_decoder(handle.model), handle.family, "norm"))
         eps = causal_model(handle.model).config.get_text_config().to_dict().get("rms_norm_eps")

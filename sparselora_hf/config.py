@@ -15,7 +15,16 @@ from .presets import get_preset
 __all__ = ["CONFIG_FILE", "EXACT_SAVINGS", "SparseLoraConfig"]
 
 CONFIG_FILE = "sparselora_config.yaml"
-EXACT_SAVINGS = ("adapters", "frozen_below", "last_layer", "logits", "norms", "padding", "recomputation")
+EXACT_SAVINGS = (
+    "activations",
+    "adapters",
+    "frozen_below",
+    "last_layer",
+    "logits",
+    "norms",
+    "padding",
+    "recomputation",
+)
 
 _CHOICES = {
     "compensation": ("none", "mean", "low_rank"),
@@ -56,8 +65,8 @@ class SparseLoraConfig:
             only its own (``label``, the paper's rule).
         lora_branch: the LoRA branch of sparse attention projections computes all channels (``dense``, the
             paper) or is zero on dropped ones (``sliced``). On MLP projections it always follows the kept ones.
-        exact: savings that change no number: True for all, False for none, or names out of ``adapters``,
-            ``frozen_below``, ``last_layer``, ``logits``, ``norms``, ``padding`` and ``recomputation``.
+        exact: savings that change no number: True for all, False for none, or names out of ``activations``,
+            ``adapters``, ``frozen_below``, ``last_layer``, ``logits``, ``norms``, ``padding`` and ``recomputation``.
         dense_if_slower: run a layer dense when its shapes promise no gain from sparsity.
         kernels: ``auto``, ``torch`` or ``triton``.
         seed: seed of the randomised SVD, the ``random`` criterion and the statistics' reservoir.

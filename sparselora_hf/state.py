@@ -187,6 +187,7 @@ class LayerLink:
         last: whether this is the last decoder layer.
         family: family row of the model.
         worth: balance that lets the module run dense where a batch would not be faster sparse; None never does.
+        lean: whether an MLP's activations are one function where all channels are computed (`modules.gate`).
     """
 
     state: SparseState
@@ -196,6 +197,7 @@ class LayerLink:
     last: bool
     family: ModelFamily
     worth: Worth | None = None
+    lean: bool = False
 
     def observe(self, part: str, x: torch.Tensor, training: bool) -> None:
         """Sample the input ``[T, H]`` of a part that will be sparse, once per micro-batch, while steps are dense."""

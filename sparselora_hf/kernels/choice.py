@@ -43,7 +43,7 @@ class Choice:
 # the channels kept, copies to split, spread and join rows take two thirds of the time of the product; reading and
 # writing in place leaves them out. MLP: with 1 channel in 100 kept both products are narrow, which cuBLAS splits
 # along the depth and a plain tile does not; what is left to win are launches. Estimator: ten launches become two.
-# Norm: a dozen passes over memory become two forward and three backward.
+# Norm: a dozen passes over memory become two forward and three backward. Activation: 14 passes become 8.
 _HALF = {
     "rows": "triton",
     "columns": "triton",
@@ -51,9 +51,10 @@ _HALF = {
     "estimator": "triton",
     "nf4": "triton",
     "norm": "triton",
+    "activation": "triton",
 }
 # without matrix units in Triton's reach cuBLAS makes every product
-_FMA = {"rows": "torch", "columns": "torch", "mlp": "slices", "estimator": "torch", "nf4": "triton", "norm": "triton"}
+_FMA = {**_HALF, "rows": "torch", "columns": "torch", "estimator": "torch"}
 _REASONED = {"large": _HALF, "small": _HALF, "fma": _FMA}
 # where `kernels="triton"` overrules a reason for torch
 _FORCED = dict.fromkeys(_HALF, "triton")

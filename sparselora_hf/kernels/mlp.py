@@ -1,5 +1,7 @@
 """The MLP on its kept channels: gate, up and activation in one launch, and the activation alone, both ways.
 
+Roundings are those of PyTorch's chain: the activated gate takes the type of the tensors before it meets up.
+
 After the fused kernel there is one gather (`slices.py`) and one product left of the forward pass: three launches.
 Backward needs the products of the slices anyway, so there only the activation is ours. Its derivative could close the
 product before it, but the tile ``[T, K]`` it would save is a hundredth of what that product reads.
@@ -81,7 +83,7 @@ def mlp_in_fwd_kernel(
         gate = gate.to(narrow)
         tl.store(wide, gate, mask=inside)
         tl.store(wide + K, up, mask=inside)
-        hidden = activate(gate.to(tl.float32), KIND) * up.to(tl.float32)
+        hidden = activate(gate.to(tl.float32), KIND).to(narrow).to(tl.float32) * up.to(tl.float32)
     else:
         tl.store(wide, up, mask=inside)
         hidden = activate(up.to(tl.float32), KIND)
@@ -90,13 +92,15 @@ def mlp_in_fwd_kernel(
 
 @triton.jit
 def mlp_activation_fwd_kernel(
-    wide_ptr,
+    gate_ptr,
+    up_ptr,
     given_up_ptr,
     hidden_ptr,
     T,
     K,
     R,
-    stride_wide,
+    stride_gate,
+    stride_up,
     stride_given_up,
     stride_hidden,
     GATED: tl.constexpr,
@@ -105,68 +109,74 @@ def mlp_activation_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """``[T, 2K + R]`` to ``[T, K + R]``: activations less what the stand-in gives up, and the stand-in's columns."""
+    """Gate ``[T, K]`` and up ``[T, K + R]`` to ``[T, K + R]``: activations less ``given_up``, and up's last R columns."""
     t = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     tokens, is_t = t.to(tl.int64), t < T
     is_kept = is_t[:, None] & (c < K)[None, :]
-    wide = wide_ptr + tokens[:, None] * stride_wide + c[None, :]
-    hidden = activate(tl.load(wide, mask=is_kept, other=0.0).to(tl.float32), KIND)
-    shift = 0
+    inside = is_t[:, None] & (c < K + R)[None, :]
+    up = tl.load(up_ptr + tokens[:, None] * stride_up + c[None, :], mask=inside, other=0.0)  # [T, K + R]
+    narrow = up.dtype
+    up = up.to(tl.float32)
     if GATED:
-        hidden *= tl.load(wide + K, mask=is_kept, other=0.0).to(tl.float32)
-        shift = K
+        gate = tl.load(gate_ptr + tokens[:, None] * stride_gate + c[None, :], mask=is_kept, other=0.0)  # [T, K]
+        hidden = activate(gate.to(tl.float32), KIND).to(narrow).to(tl.float32) * up
+    else:
+        hidden = activate(up, KIND)
     if CORRECTED:
         given_up = tl.load(given_up_ptr + tokens[:, None] * stride_given_up + c[None, :], mask=is_kept, other=0.0)
         hidden -= given_up.to(tl.float32)
-    is_tail = is_t[:, None] & (c >= K)[None, :] & (c < K + R)[None, :]
-    hidden = tl.where(is_kept, hidden, tl.load(wide + shift, mask=is_tail, other=0.0).to(tl.float32))
     out = hidden_ptr + tokens[:, None] * stride_hidden + c[None, :]
-    tl.store(out, hidden.to(hidden_ptr.dtype.element_ty), mask=is_kept | is_tail)
+    tl.store(out, tl.where(is_kept, hidden, up).to(narrow), mask=inside)
 
 
 @triton.jit
 def mlp_activation_bwd_kernel(
     grad_ptr,
-    wide_ptr,
+    gate_ptr,
+    up_ptr,
     given_up_ptr,
-    grad_wide_ptr,
+    grad_gate_ptr,
+    grad_up_ptr,
     T,
     K,
     R,
     stride_grad,
-    stride_wide,
+    stride_gate,
+    stride_up,
     stride_given_up,
-    stride_grad_wide,
+    stride_grad_gate,
+    stride_grad_up,
     GATED: tl.constexpr,
     CORRECTED: tl.constexpr,
     KIND: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Gradient ``[T, K + R]`` of the activations to ``[T, 2K + R]``; ``given_up`` ``[T, R]`` is what z loses."""
+    """Gradient ``[T, K + R]`` to that of gate ``[T, K]`` and up ``[T, K + R]``; z loses ``given_up`` ``[T, R]``."""
     t = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     tokens, is_t = t.to(tl.int64), t < T
     is_kept = is_t[:, None] & (c < K)[None, :]
-    is_tail = is_t[:, None] & (c >= K)[None, :] & (c < K + R)[None, :]
-    grad = tl.load(grad_ptr + tokens[:, None] * stride_grad + c[None, :], mask=is_kept | is_tail, other=0.0)
+    inside = is_t[:, None] & (c < K + R)[None, :]
+    grad = tl.load(grad_ptr + tokens[:, None] * stride_grad + c[None, :], mask=inside, other=0.0)  # [T, K + R]
+    narrow = grad.dtype
     grad = grad.to(tl.float32)
-    wide = wide_ptr + tokens[:, None] * stride_wide + c[None, :]
-    first = tl.load(wide, mask=is_kept, other=0.0).to(tl.float32)
-    grad_first = grad * activate_grad(first, KIND)
-    out = grad_wide_ptr + tokens[:, None] * stride_grad_wide + c[None, :]
-    narrow = grad_wide_ptr.dtype.element_ty
-    shift = 0
+    up = tl.load(up_ptr + tokens[:, None] * stride_up + c[None, :], mask=is_kept, other=0.0).to(tl.float32)  # [T, K]
     if GATED:
-        grad_first *= tl.load(wide + K, mask=is_kept, other=0.0).to(tl.float32)
-        tl.store(out + K, (grad * activate(first, KIND)).to(narrow), mask=is_kept)
-        shift = K
-    tl.store(out, grad_first.to(narrow), mask=is_kept)
+        gate = tl.load(gate_ptr + tokens[:, None] * stride_gate + c[None, :], mask=is_kept, other=0.0)  # [T, K]
+        gate = gate.to(tl.float32)
+        grad_gate = (grad * up).to(narrow).to(tl.float32) * activate_grad(gate, KIND)
+        grad_gate_rows = grad_gate_ptr + tokens[:, None] * stride_grad_gate
+        tl.store(grad_gate_rows + c[None, :], grad_gate.to(narrow), mask=is_kept)
+        grad_up = grad * activate(gate, KIND).to(narrow).to(tl.float32)
+    else:
+        grad_up = grad * activate_grad(up, KIND)
     if CORRECTED:
         given_up = given_up_ptr + tokens[:, None] * stride_given_up + (c[None, :] - K)
-        grad -= tl.load(given_up, mask=is_tail, other=0.0).to(tl.float32)
-    tl.store(out + shift, grad.to(narrow), mask=is_tail)
+        grad -= tl.load(given_up, mask=inside & (c >= K)[None, :], other=0.0).to(tl.float32)
+    out = grad_up_ptr + tokens[:, None] * stride_grad_up + c[None, :]
+    tl.store(out, tl.where(is_kept, grad_up, grad).to(narrow), mask=inside)
 
 
 def mlp_in_fwd(
@@ -226,25 +236,44 @@ def mlp_in_fwd(
 
 
 def mlp_activation_fwd(
-    wide: torch.Tensor, keep: int, gated: bool, kind: str, tile: Tile, given_up: torch.Tensor | None = None
+    gate: torch.Tensor | None,
+    up: torch.Tensor,
+    keep: int,
+    kind: str,
+    tile: Tile,
+    given_up: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Activations of the products ``[T, M K + r]``: ``[T, K + r]``, less ``given_up`` ``[T, K]`` on kept channels."""
-    tokens, tail = len(wide), wide.shape[1] - (1 + gated) * keep
-    hidden = wide.new_empty(tokens, keep + tail)
+    """Activations of products.
+
+    Args:
+        gate: ``[T, K]``, columns contiguous, or None.
+        up: ``[T, K + r]``, columns contiguous; the last r are passed on as they are.
+        keep: K.
+        kind: name of the activation.
+        tile: block sizes.
+        given_up: ``[T, K]``, taken off the activations, or None.
+
+    Returns:
+        ``[T, K + r]``.
+    """
+    tokens, width = up.shape
+    hidden = up.new_empty(tokens, width)
     launch(
         mlp_activation_fwd_kernel,
-        (triton.cdiv(tokens, tile.m), triton.cdiv(keep + tail, tile.n)),
-        wide,
-        wide,
-        wide if given_up is None else given_up,
+        (triton.cdiv(tokens, tile.m), triton.cdiv(width, tile.n)),
+        up,
+        up if gate is None else gate,
+        up,
+        up if given_up is None else given_up,
         hidden,
         tokens,
         keep,
-        tail,
-        wide.stride(0),
+        width - keep,
+        0 if gate is None else gate.stride(0),
+        up.stride(0),
         0 if given_up is None else given_up.stride(0),
         hidden.stride(0),
-        GATED=gated,
+        GATED=gate is not None,
         CORRECTED=given_up is not None,
         KIND=kind,
         **tile.options(),
@@ -254,47 +283,48 @@ def mlp_activation_fwd(
 
 def mlp_activation_bwd(
     grad: torch.Tensor,
-    wide: torch.Tensor,
-    keep: int,
-    gated: bool,
+    gate: torch.Tensor | None,
+    up: torch.Tensor,
+    grad_gate: torch.Tensor | None,
+    grad_up: torch.Tensor,
     kind: str,
     tile: Tile,
     given_up: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Backward of `mlp_activation_fwd`.
+) -> None:
+    """Backward of `mlp_activation_fwd`; columns of all matrices are contiguous.
 
     Args:
         grad: ``[T, K + r]``.
-        wide: at least the first ``M K`` columns of the products.
-        keep: K.
-        gated: whether M is 2.
+        gate: ``[T, K]``, or None.
+        up: its first K columns.
+        grad_gate: takes the gradient of gate, ``[T, K]``; None without a gate.
+        grad_up: takes that of up, ``[T, K + r]``.
         kind: name of the activation.
         tile: block sizes.
         given_up: ``[T, r]``, taken off the gradient of the last r columns, or None.
-
-    Returns:
-        ``[T, M K + r]``.
     """
-    tokens, tail = len(grad), grad.shape[1] - keep
-    grad_wide = grad.new_empty(tokens, (1 + gated) * keep + tail)
+    tokens, width = grad.shape
     launch(
         mlp_activation_bwd_kernel,
-        (triton.cdiv(tokens, tile.m), triton.cdiv(keep + tail, tile.n)),
+        (triton.cdiv(tokens, tile.m), triton.cdiv(width, tile.n)),
         grad,
         grad,
-        wide,
+        up if gate is None else gate,
+        up,
         grad if given_up is None else given_up,
-        grad_wide,
+        grad_up if grad_gate is None else grad_gate,
+        grad_up,
         tokens,
-        keep,
-        tail,
+        up.shape[1],
+        width - up.shape[1],
         grad.stride(0),
-        wide.stride(0),
+        0 if gate is None else gate.stride(0),
+        up.stride(0),
         0 if given_up is None else given_up.stride(0),
-        grad_wide.stride(0),
-        GATED=gated,
+        0 if grad_gate is None else grad_gate.stride(0),
+        grad_up.stride(0),
+        GATED=gate is not None,
         CORRECTED=given_up is not None,
         KIND=kind,
         **tile.options(),
     )
-    return grad_wide

@@ -11,14 +11,17 @@ from ..ops.quant import frozen_weight
 from ..ops.rows import fork_rows, join_rows, overlay_rows
 from ..state import Rows
 from ..views import MlpView, base_linear
-from .classes import Patched, link_of
+from .classes import link_of
+from .gate import LeanMlp
 from .lora import has_branch, is_plain_lora, kept_inputs, kept_outputs
 
 __all__ = ["SparseMlp"]
 
 
-class SparseMlp(Patched):
+class SparseMlp(LeanMlp):
     """Mixin for the MLP of a decoder layer. Output rows run the family's own forward, adapters and all."""
+
+    traced = False
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """``[..., H]`` to ``[..., H]``; rows that the batch does not need come back as zero or as context rows."""

@@ -107,6 +107,10 @@ class MlpWeights:
             if bias is not None:
                 wide[:, first : first + len(index)] += bias.index_select(0, index).to(wide.dtype)
 
+    def gate_and_up(self, wide: torch.Tensor, keep: int) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Parts of the products ``[T, M K + r]``: ``[T, K]`` or None, and ``[T, K + r]``."""
+        return (None, wide) if self.gate is None else (wide[:, :keep], wide[:, keep:])
+
     def channels(self, wide: torch.Tensor, keep: int) -> torch.Tensor:
         """Activations ``[T, K]`` from the products ``[T, M K + r]``."""
         activated = self.activation(wide[:, :keep])
@@ -146,8 +150,8 @@ class _KeptActivation(torch.autograd.Function):
         if way and weights.kind:
             from ..kernels.mlp import mlp_activation_fwd
 
-            tile = tile_for("activation", wide)
-            return mlp_activation_fwd(wide, len(index), weights.inward == 2, weights.kind, tile, given_up)
+            gate, up = weights.gate_and_up(wide, len(index))
+            return mlp_activation_fwd(gate, up, len(index), weights.kind, tile_for("activation", wide), given_up)
         hidden = weights.channels(wide, len(index))  # [T, K]
         if given_up is not None:
             hidden -= given_up
@@ -177,8 +181,11 @@ def _activation_bwd(
 ) -> torch.Tensor:
     from ..kernels.mlp import mlp_activation_bwd
 
+    grad_wide = grad.new_empty(len(grad), grad.shape[1] + wide.shape[1] - keep)
+    (gate, up), (grad_gate, grad_up) = weights.gate_and_up(wide, keep), weights.gate_and_up(grad_wide, keep)
     tile = tile_for("activation", wide)
-    return mlp_activation_bwd(grad.contiguous(), wide, keep, weights.inward == 2, weights.kind, tile, lost)
+    mlp_activation_bwd(grad.contiguous(), gate, up, grad_gate, grad_up, weights.kind, tile, lost)
+    return grad_wide
 
 
 class _FusedIn(torch.autograd.Function):

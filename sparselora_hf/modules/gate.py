@@ -1,0 +1,129 @@
+"""The exact saving ``activations``: ``act(gate) ⊙ up`` of gated MLPs in one function, where all channels are computed.
+
+Projections are called as the modules that they are, so adapters, quantised weights and hooks keep their meaning. What
+an MLP does between them is found by trying: one that does anything else is left alone.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from ..families import ModelFamily
+from ..ops.activations import activation_kind
+from ..ops.gate import gated_activation
+from ..ops.seeded import seeded
+from ..state import LayerLink
+from ..views import MlpView, base_linear
+from .classes import Patched, Patches, is_replaced, link_of
+
+__all__ = ["LeanMlp", "lean_mlps"]
+
+
+class LeanMlp(Patched):
+    """Mixin of an MLP. It depends on no batch: recomputation meets it before the batch comes back."""
+
+    traced = True
+
+    def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        """``[..., H]`` to ``[..., H]``."""
+        return self.dense_forward(x, *args, **kwargs)
+
+    def dense_forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        """The same with all channels."""
+        if torch.compiler.is_compiling() or args or kwargs or not (self.training and link_of(self).lean):
+            return super().dense_forward(x, *args, **kwargs)
+        view, kernels = MlpView.of(self, link_of(self).family), link_of(self).state.config.kernels
+        products = [module(x) for role, module in view.modules.items() if role != "down"]
+        return view.down.module(_activations(view, products, kernels))
+
+
+def _activations(view: MlpView, products: list[torch.Tensor], kernels: str) -> torch.Tensor:
+    """``[..., N]`` from what the linears give that lead into an MLP."""
+    kind = activation_kind(view.activation)
+    if kind is None or len({product.dtype for product in products}) > 1:
+        return view.combine(products if len(products) > 1 else products[0].chunk(2, -1))
+    return gated_activation(products, kind, kernels)
+
+
+def lean_mlps(mlps: Iterable[tuple[nn.Module, LayerLink]]) -> Patches:
+    """Make gated MLPs lean, those that are sparse already where they compute all channels.
+
+    Args:
+        mlps: each with the link that it gets unless it has one.
+
+    Returns:
+        What undoes it.
+    """
+    patches = Patches()
+    for mlp, link in mlps:
+        if _fits(mlp, link):
+            if not isinstance(mlp, LeanMlp):
+                patches.add(mlp, LeanMlp, link)
+            link_of(mlp).lean = True
+    return patches
+
+
+class _Given(nn.Module):
+    """In the place of a projection: gives what it was made with, and enters what it was given into a log."""
+
+    def __init__(self, y: torch.Tensor, log: list[tuple["_Given", torch.Tensor]]) -> None:
+        super().__init__()
+        self.y = y
+        self.log = log
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.log.append((self, x))
+        return self.y
+
+
+def _fits(mlp: nn.Module, link: LayerLink) -> bool:
+    """Whether an MLP's own forward is ``down(act(gate(x)) ⊙ up(x))``, with an activation that is known.
+
+    It is run on two rows, in training mode, with given results in the place of its projections: no weight is read.
+    """
+    view = MlpView.of(mlp, link.family)
+    if not link.family.is_gated or activation_kind(view.activation) is None or is_replaced(mlp):
+        return False
+    down = base_linear(view.down.module)
+    weight = next(iter((*down.parameters(), *down.buffers())))  # of some quantisers it has another name
+    dtype = weight.dtype if weight.is_floating_point() and weight.itemsize > 1 else torch.float32
+    generator, log = torch.Generator().manual_seed(0), []
+
+    def draw(width: int) -> torch.Tensor:  # wide enough to meet a clamp
+        return torch.randn(2, width, generator=generator).mul_(10).to(weight.device, dtype)
+
+    x, given = draw(view.hidden), {r: _Given(draw(base_linear(m).out_features), log) for r, m in view.modules.items()}
+    *products, closing = given.values()
+    try:
+        with torch.no_grad(), seeded(weight.device, 0), _with_given(mlp, link.family, given):
+            y = mlp.dense_forward(x) if isinstance(mlp, Patched) else mlp.forward(x)
+            want = _activations(view, [product.y for product in products], link.state.config.kernels)
+        called, inputs = zip(*log, strict=True)
+        return (
+            list(called) == [*products, closing]
+            and all(torch.equal(seen, x) for seen in inputs[:-1])
+            and torch.allclose(inputs[-1], want, rtol=max(1e-5, 4 * torch.finfo(dtype).eps), atol=1e-5)
+            and torch.equal(y, closing.y)
+        )
+    except Exception:  # whatever it is, the MLP is not what its family's row says
+        return False
+
+
+@contextmanager
+def _with_given(mlp: nn.Module, family: ModelFamily, given: dict[str, _Given]) -> Iterator[None]:
+    """An MLP in training mode, with other modules in the place of its projections."""
+    names = {role: getattr(family, role) for role in given}
+    own = {name: getattr(mlp, name) for name in names.values()}
+    try:
+        for role, name in names.items():
+            setattr(mlp, name, given[role])
+        modes = [(module, module.training) for module in mlp.modules()]
+        mlp.train()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for name, module in own.items():
+            setattr(mlp, name, module)
