@@ -361,25 +361,30 @@ def activation_bytes(
 
     A frozen linear keeps no input. Per token a layer holds the inputs of both norms, the normalised input that LoRA
     reads, q, k, v and the attention output (full width: the LoRA branch is dense), the rank-sized LoRA activations,
-    and three MLP tensors: gate, up and the activated gate, which shrink to the kept channels. With checkpointing
-    only each layer's input stays, plus one whole layer while it is recomputed.
+    and three MLP tensors: gate, up and the activated gate, which shrink to the kept channels; with the saving
+    ``activations`` dense tokens hold the first two. With checkpointing only each layer's input stays, plus one whole
+    layer while it is recomputed.
 
     Args:
         model: widths of the model.
         batch: tokens by kind.
         lora: adapters.
         mlp_keep: MLP channels kept per layer, as in `step_cost`.
-        exact: exact savings; `last_layer` and `padding` shrink the MLP part, `recomputation` keeps a matrix a layer.
+        exact: exact savings; `last_layer`, `padding` and `activations` shrink the MLP part, `recomputation` keeps a
+            matrix a layer.
         checkpointing: whether activations are recomputed.
         element: bytes of an activation.
     """
     attention = 2 * (model.query_width + model.kv_width) + lora.rank * len(lora.targets)
     fixed = batch.tokens * (3 * model.hidden + attention)
+    apart = model.intermediate if model.sparse_mlp is None else model.sparse_mlp  # from experts
+    lean = apart if "activations" in exact and model.mlp_matrices == 3 else 0
     layers = []
     for layer, keep in enumerate(_per_layer("mlp_keep", mlp_keep, model)):
         part = _Layer(model, batch, lora, keep, None, tuple(exact), layer == 0, layer == model.layers - 1)
         dense, sparse = part.rows("down_proj")
-        layers.append(fixed + model.mlp_matrices * (dense * model.intermediate + sparse * (keep or 0)))
+        mlp = model.mlp_matrices * (dense * model.intermediate + sparse * (keep or 0)) - dense * lean
+        layers.append(fixed + mlp)
     if checkpointing:
         stays = model.hidden + (model.query_width if "recomputation" in exact else 0)
         return element * (model.layers * batch.tokens * stays + max(layers))

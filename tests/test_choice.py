@@ -52,6 +52,7 @@ def test_a_cpu_goes_the_pytorch_way(op):
         ((9, 0), torch.float32, {"norm": "triton"}),
         ((8, 6), torch.float16, {"rows": "triton", "mlp": "slices", "norm": "triton"}),
         ((7, 5), torch.float16, {"rows": "torch", "mlp": "slices", "nf4": "triton", "norm": "triton"}),
+        ((7, 5), torch.float32, {"activation": "triton"}),
         ((7, 5), torch.bfloat16, dict.fromkeys(OPERATIONS, "torch")),
         ((7, 0), torch.float16, dict.fromkeys(OPERATIONS, "torch")),
         ((9, 0), torch.float64, dict.fromkeys(OPERATIONS, "torch")),

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 
 from sparselora_hf.config import SparseLoraConfig
@@ -240,6 +242,11 @@ def test_activation_bytes_by_hand():
     assert dense - sparse == 3 * 5 * (20 - 4)
     kept_inputs = activation_bytes(TINY, SMALL, LoraShape(2), checkpointing=True, element=1)
     assert kept_inputs == 3 * 10 * 8 + fixed + 3 * 10 * 20
+    lean = activation_bytes(TINY, SMALL, LoraShape(2), mlp_keep=[None, 4, None], exact=("activations",), element=1)
+    assert sparse - lean == (10 + 5 + 10) * 20  # rows of each layer that are dense
+    plain = dataclasses.replace(TINY, mlp_matrices=2)
+    saved = [activation_bytes(plain, SMALL, LoraShape(2), exact=exact) for exact in ((), ("activations",))]
+    assert saved[0] == saved[1]
 
 
 def test_weight_bytes():

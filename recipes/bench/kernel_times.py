@@ -29,6 +29,7 @@ from sparselora_hf.kernels.runtime import blocker
 from sparselora_hf.kernels.tiles import tiles_of
 from sparselora_hf.ops.context import ContextPart, context_linear
 from sparselora_hf.ops.estimator import channel_norms, gated_norms
+from sparselora_hf.ops.gate import gated_activation
 from sparselora_hf.ops.mlp import MlpWeights, StandIn, kept_mlp
 from sparselora_hf.ops.rms import lean_rms_norm
 
@@ -63,7 +64,7 @@ class Subject:
     """One operation at one shape: a function of the way, what it moves and computes, and the entry it decides.
 
     `tiles` names the list of which the triton way takes its pick, if there is one; `elements_back` is what backward
-    moves where that is another number.
+    moves where that is another number; `outer` is the entry's first width where that is not the hidden size.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Subject:
     tiles: str = ""
     backward: bool = True
     elements_back: float | None = None
+    outer: int | None = None
 
     def moved(self, direction: str) -> float:
         """Elements read and written."""
@@ -135,6 +137,10 @@ def subjects(shape: Shape, device: str, dtype: torch.dtype) -> Iterator[Subject]
     yield Subject(
         "rms norm", "norm", lambda x, way: lean_rms_norm(x, norm, norm.weight, 0.0, norm.variance_epsilon, True, way),
         x, h, 0.0, 2 * t * h, both, elements_back=3 * t * h,
+    )  # fmt: skip
+    yield Subject(
+        "activation", "activation", lambda x, way: gated_activation([x], "silu", way), draw(t, 2 * n), n, 0.0,
+        3 * t * n, both, "activation", elements_back=5 * t * n, outer=n,
     )  # fmt: skip
 
 
@@ -209,7 +215,7 @@ def measure(name: str, shape: Shape, device: str, dtype: torch.dtype, limits: tu
                     "copy_gb_per_s": round(limits[0] / 1e6, 1),
                     "matmul_tflop_per_s": round(limits[1] / 1e9, 2),
                     **facts,
-                    "key": shape_key(subject.op, dtype, len(subject.x), shape.hidden, subject.keep),
+                    "key": shape_key(subject.op, dtype, len(subject.x), subject.outer or shape.hidden, subject.keep),
                 }
 
 

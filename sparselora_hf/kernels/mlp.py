@@ -109,7 +109,7 @@ def mlp_activation_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Gate ``[T, K]`` and up ``[T, K + R]`` to ``[T, K + R]``: activations less ``given_up``, and up's last R columns."""
+    """Gate ``[T, K]`` and up ``[T, K + R]`` to ``[T, K + R]``: activations less ``given_up``, then up's last R."""
     t = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     tokens, is_t = t.to(tl.int64), t < T

@@ -16,7 +16,7 @@ from ..ops.gate import gated_activation
 from ..ops.seeded import seeded
 from ..state import LayerLink
 from ..views import MlpView, base_linear
-from .classes import Patched, Patches, is_replaced, link_of
+from .classes import Patched, Patches, has_own_forward, link_of
 
 __all__ = ["LeanMlp", "lean_mlps"]
 
@@ -84,31 +84,34 @@ def _fits(mlp: nn.Module, link: LayerLink) -> bool:
     It is run on two rows, in training mode, with given results in the place of its projections: no weight is read.
     """
     view = MlpView.of(mlp, link.family)
-    if not link.family.is_gated or activation_kind(view.activation) is None or is_replaced(mlp):
+    if has_own_forward(mlp) or not link.family.is_gated or activation_kind(view.activation) is None:
         return False
+    x, given = _rows_and_results(view)
+    *products, closing = given.values()
+    try:
+        with torch.no_grad(), seeded(x.device, 0), _with_given(mlp, link.family, given):
+            y = mlp.dense_forward(x) if isinstance(mlp, Patched) else mlp.forward(x)
+            want = _activations(view, [product.y for product in products], link.state.config.kernels)
+        called, inputs = zip(*closing.log, strict=True)
+        tolerance = {"rtol": max(1e-5, 4 * torch.finfo(x.dtype).eps), "atol": 1e-5}
+        once = list(called) == [*products, closing] and all(torch.equal(seen, x) for seen in inputs[:-1])
+        return once and torch.allclose(inputs[-1], want, **tolerance) and torch.equal(y, closing.y)
+    except Exception:  # whatever it is, the MLP is not what its family's row says
+        return False
+
+
+def _rows_and_results(view: MlpView) -> tuple[torch.Tensor, dict[str, _Given]]:
+    """Two random rows, and random results of every linear for them, wide enough to meet a clamp."""
     down = base_linear(view.down.module)
     weight = next(iter((*down.parameters(), *down.buffers())))  # of some quantisers it has another name
     dtype = weight.dtype if weight.is_floating_point() and weight.itemsize > 1 else torch.float32
     generator, log = torch.Generator().manual_seed(0), []
 
-    def draw(width: int) -> torch.Tensor:  # wide enough to meet a clamp
+    def draw(width: int) -> torch.Tensor:
         return torch.randn(2, width, generator=generator).mul_(10).to(weight.device, dtype)
 
-    x, given = draw(view.hidden), {r: _Given(draw(base_linear(m).out_features), log) for r, m in view.modules.items()}
-    *products, closing = given.values()
-    try:
-        with torch.no_grad(), seeded(weight.device, 0), _with_given(mlp, link.family, given):
-            y = mlp.dense_forward(x) if isinstance(mlp, Patched) else mlp.forward(x)
-            want = _activations(view, [product.y for product in products], link.state.config.kernels)
-        called, inputs = zip(*log, strict=True)
-        return (
-            list(called) == [*products, closing]
-            and all(torch.equal(seen, x) for seen in inputs[:-1])
-            and torch.allclose(inputs[-1], want, rtol=max(1e-5, 4 * torch.finfo(dtype).eps), atol=1e-5)
-            and torch.equal(y, closing.y)
-        )
-    except Exception:  # whatever it is, the MLP is not what its family's row says
-        return False
+    widths = {role: base_linear(module).out_features for role, module in view.modules.items()}
+    return draw(view.hidden), {role: _Given(draw(width), log) for role, width in widths.items()}
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch.autograd.function import once_differentiable
 
-from ..kernels.choice import choose
+from ..kernels.choice import Choice, choose
 from ..kernels.tiles import tile_for
 
 __all__ = ["gated_activation"]
@@ -81,7 +81,7 @@ class _GatedActivation(torch.autograd.Function):
         return None, None, *(part.view(product.shape) for part, product in zip(grads, products, strict=True))
 
 
-def gated_activation(products: Sequence[torch.Tensor], kind: str, kernels: str = "auto") -> torch.Tensor:
+def gated_activation(products: Sequence[torch.Tensor], kind: str, kernels: str | Choice = "auto") -> torch.Tensor:
     """Activations of a gated MLP.
 
     Args:
