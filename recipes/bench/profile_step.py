@@ -20,14 +20,14 @@ from transformers import TrainerCallback
 
 # first match wins; names of CUDA kernels and of PyTorch operators
 GROUPS = {
-    "sparse kernels": ("gathered_product", "mlp_in_fwd", "mlp_activation", "gather_rows", "gather_columns", "nf4_"),
+    "sparse kernels": ("gathered_product", "mlp_in_fwd", "gather_rows", "gather_columns", "nf4_"),
     "estimator": ("project_fwd", "gram_norms", "gated_norms", "topk", "sort", "gatherTopK", "radix"),
     "attention": ("flash", "fmha", "attention", "sdpa", "softmax"),
     "product": ("gemm", "cutlass", "nvjet", "cublas", "xmma", "aten::mm", "aten::addmm", "aten::bmm"),
     "gather and scatter": ("index", "Index", "gather", "scatter", "cat"),
     "copy and fill": ("copy", "Memcpy", "Memset", "fill", "zero", "cast"),
     "optimizer": ("multi_tensor", "foreach", "adam"),
-    "norm and element-wise": ("elementwise", "reduce", "norm", "Norm", "triton_", "aten::"),
+    "norm and element-wise": ("elementwise", "reduce", "norm", "Norm", "mlp_activation", "triton_", "aten::"),
 }
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "aten::_local_scalar_dense")
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernelEx")
