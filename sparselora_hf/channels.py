@@ -5,6 +5,7 @@ With ``g`` query heads per key/value head, kv channel ``(h, d)`` belongs to the 
 """
 
 import dataclasses
+import functools
 
 import torch
 
@@ -31,15 +32,18 @@ class HeadLayout:
 
     def pool_queries(self, scores: torch.Tensor) -> torch.Tensor:
         """L2 norm over the query channels of each kv channel: ``[heads · head_dim]`` to ``[kv_heads · head_dim]``."""
-        grouped = scores.view(self.kv_heads, self.groups, self.head_dim)
-        return grouped.square().sum(1).sqrt().reshape(-1)
+        return torch.linalg.vector_norm(scores.view(self.kv_heads, self.groups, self.head_dim), dim=1).reshape(-1)
 
     def expand(self, index: torch.Tensor) -> torch.Tensor:
-        """Query channels of sorted kv channels: ``[K]`` to ``[K · groups]``, sorted."""
-        head = torch.div(index, self.head_dim, rounding_mode="floor")
-        first = head * self.groups * self.head_dim + index % self.head_dim  # [K]
-        offsets = torch.arange(self.groups, device=index.device) * self.head_dim  # [g]
-        return (first[:, None] + offsets).flatten().sort().values
+        """Query channels of kv channels: ``[K]`` to ``[groups · K]``, those of the first query heads first."""
+        return _query_channels(self, index.device).index_select(1, index).flatten()
+
+
+@functools.lru_cache(maxsize=64)
+def _query_channels(layout: HeadLayout, device: torch.device) -> torch.Tensor:
+    """Query channels of each kv channel, ``[groups, kv]``."""
+    channels = torch.arange(layout.heads * layout.head_dim, device=device)
+    return channels.view(layout.kv_heads, layout.groups, layout.head_dim).transpose(0, 1).reshape(layout.groups, -1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +72,7 @@ class Share:
 
 @dataclasses.dataclass(frozen=True)
 class ChannelSelection:
-    """One kept set: ``narrow`` are its channels at kv (or MLP) width, ``wide`` at query width; both sorted int64."""
+    """One kept set: ``narrow`` are its channels at kv (or MLP) width, sorted, ``wide`` at query width; both int64."""
 
     narrow: torch.Tensor
     wide: torch.Tensor

@@ -31,7 +31,8 @@ def test_repeat_kv_is_repeat_interleave_of_heads(layout):
 def test_expand(layout, share):
     index = random_index(layout, int(share * layout.kv_width))
     kept = set(index.tolist())
-    assert layout.expand(index).tolist() == [c for c, owner in enumerate(owners(layout)) if owner in kept]
+    assert sorted(layout.expand(index).tolist()) == [c for c, owner in enumerate(owners(layout)) if owner in kept]
+    assert [owners(layout)[c] for c in layout.expand(index)] == index.tolist() * layout.groups
 
 
 @layouts
