@@ -139,14 +139,18 @@ def test_kernel_times_that_are_cut_short_are_kept(bench, tmp_path, monkeypatch):
     assert [row["operation"] for row in rows_of(tmp_path / "k.csv")] == ["rows", "rows", "columns", "columns"]
 
 
-def test_floor_of_a_norm_is_two_passes_forward_and_three_backward(bench, monkeypatch):
+@pytest.mark.parametrize(
+    ("operation", "op", "side", "forward", "backward"),
+    [("rms norm", "norm", "hidden", 2.0, 3.0), ("activation", "activation", "width", 3.0, 5.0)],
+)
+def test_floor_of_what_memory_bounds_is_its_passes(bench, monkeypatch, operation, op, side, forward, backward):
     times, tiny = bench.kernel_times, bench.kernel_times.TINY
+    width = getattr(tiny, side)
     monkeypatch.setattr(times, "median_ms", lambda *_: 1.0)
-    rows = list(times.measure("tiny", tiny, "cpu", torch.float32, (4.0 * tiny.tokens * tiny.hidden, 1e30)))
-    floors = {row["direction"]: row["floor_ms"] for row in rows if row["operation"] == "rms norm"}
-    assert floors == {"forward": 2.0, "backward": 3.0}
-    key = shape_key("norm", torch.float32, tiny.tokens, tiny.hidden, tiny.hidden)
-    assert times.fastest(rows)[key] == ["torch", 0]
+    rows = list(times.measure("tiny", tiny, "cpu", torch.float32, (4.0 * tiny.tokens * width, 1e30)))
+    floors = {row["direction"]: row["floor_ms"] for row in rows if row["operation"] == operation}
+    assert floors == {"forward": forward, "backward": backward}
+    assert times.fastest(rows)[shape_key(op, torch.float32, tiny.tokens, width, width)] == ["torch", 0]
 
 
 def test_every_kernel_has_its_group_in_the_profile(bench):
@@ -156,6 +160,8 @@ def test_every_kernel_has_its_group_in_the_profile(bench):
     names = {case.kernel.__name__ for case in CASES}
     groups = {name: bench.profile_step.group_of(name) for name in names}
     assert {name for name, group in groups.items() if group == "norm and element-wise"} == {
+        "mlp_activation_fwd_kernel",
+        "mlp_activation_bwd_kernel",
         "rms_norm_fwd_kernel",
         "rms_norm_bwd_kernel",
     }
