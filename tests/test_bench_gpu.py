@@ -58,7 +58,10 @@ def test_every_line_of_the_gpu_run_is_understood(bench, gpu_sh, smoke):
     """Each command parses; figures of different subjects go to different files."""
     parsers = {"step.py": bench.step, "profile_step.py": bench.step}
     parsers |= {"attach.py": bench.attach, "kernel_times.py": bench.kernel_times}
-    calls = [(script, parsers[script].parse(argv)) for script, argv in gpu_sh(SPARSELORA_BENCH_SMOKE="1" * smoke)]
+    calls = []
+    for script, argv in gpu_sh(SPARSELORA_BENCH_SMOKE="1" * smoke):
+        parts = bench.step.split(argv) if script == "step.py" else [argv]
+        calls += [(script, parsers[script].parse(part)) for part in parts]
     steps = [args for script, args in calls if script == "step.py"]
     subjects = {}
     for args in steps:
@@ -71,16 +74,33 @@ def test_every_line_of_the_gpu_run_is_understood(bench, gpu_sh, smoke):
         return
     assert all(args.device == "cuda" for _, args in calls)
     once = [names for key, names in subjects.items() if key[0] == "step-cuda.csv"]
-    assert once == [[["sft", "sparse"]]] * 6
+    assert once == [[["sft", "exact", "sparse"]]] + [[["sft", "sparse"]]] * 5
     assert [names for key, names in subjects.items() if key[0] == "step-liger-cuda.csv"] == [
         [["sft_liger", "sparse_liger"]]
     ]
 
 
 def test_a_single_step_by_name(gpu_sh):
-    assert [(script, argv[argv.index("--protocol") + 1]) for script, argv in gpu_sh(SPARSELORA_BENCH_ONLY="csr")] == [
-        ("step.py", "csr")
-    ]
+    assert [script for script, _ in gpu_sh(SPARSELORA_BENCH_ONLY="attach")] == ["attach.py"]
+
+
+def test_several_measurements_in_a_process(bench, monkeypatch, capsys):
+    """Each is told what all are told and what it alone is; one that fails leaves the others be."""
+    ran = []
+    monkeypatch.setattr(bench.step, "run", lambda argv: ran.append(argv) or 1 / (len(ran) - 1))
+    assert bench.step.main(["--batch", "1", "--then", "--batch", "2", "--fill", "0.5", "--then"]) == 1
+    assert ran == [["--batch", "1"], ["--batch", "1", "--batch", "2", "--fill", "0.5"]]
+    assert "ZeroDivisionError" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        bench.step.main(["--batch", "1", "--then", "--batch", "many"])
+    assert len(ran) == 2
+
+
+def test_a_model_is_made_once(bench):
+    first, same, other = (bench.step.parse([*TINY, "--batch", batch, *more]) for batch, more in
+                          (("1", []), ("2", []), ("2", ["--layers", "2"])))  # fmt: skip
+    model = bench.step.make_model(first)
+    assert bench.step.make_model(same) is model is not bench.step.make_model(other)
 
 
 def test_wheels_that_do_not_fit_end_the_run(tmp_path):

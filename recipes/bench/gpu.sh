@@ -5,7 +5,7 @@
 #   bash recipes/bench/gpu.sh                             # Llama-3-8B shapes: about 60 GB of device memory
 #   SPARSELORA_WHEELS=wheels bash recipes/bench/gpu.sh    # on a machine without a network, from a folder of wheels
 #   SPARSELORA_BENCH_SMOKE=1 bash recipes/bench/gpu.sh    # the same lines with tiny shapes, on a CPU
-#   SPARSELORA_BENCH_ONLY="math csr" bash recipes/bench/gpu.sh    # some steps by name
+#   SPARSELORA_BENCH_ONLY="kernels step" bash recipes/bench/gpu.sh    # some steps by name
 #
 # The folder of wheels, where trl, datasets and the like are missing, for the Python of that machine (multiprocess has a
 # wheel for each). datasets needs pyarrow, pandas, xxhash and fsspec besides, which machines with PyTorch and
@@ -42,44 +42,51 @@ run() {
 
 if [ -n "${SPARSELORA_BENCH_SMOKE:-}" ]; then
   device=cpu large="--model llama-3-8b --layers 2 --hidden 128" small="--model llama-3.2-1b --layers 2 --hidden 128"
-  batch="--batch 1" turns="--rounds 1 --steps 2" liger="" parallel="" parity="tests/kernel_parity/test_slices.py"
+  turns="--no-memory --rounds 1 --steps 2" liger="" parallel="" parity="tests/kernel_parity/test_slices.py"
   times="--tiny --dtype fp32" attach="--model llama-3-8b --layers 1 --hidden 128"
   sparse='{mlp_sparsity: 0.9, attention_sparsity: 0.5, dense_if_slower: false}'
-  settings() { printf -- '--sequence\n32\n--output\n8\n--sparse\n%s\n' "$sparse"; }
+  protocol() { shape=(--sequence 32 --output 8 --batch 1 --sparse "$sparse"); }
   all='{mlp_sparsity: 0.9, criterion: static, compensation: low_rank, compensation_rank: 4, dense_if_slower: false}'
 else
   device=cuda large="--model llama-3-8b" small="--model llama-3.2-1b"
-  batch="--batch 8" turns="--rounds 3 --steps 3" liger="sft_liger sparse_liger" parity="tests/kernel_parity"
+  turns="--rounds 3 --steps 3" liger="sft_liger sparse_liger" parity="tests/kernel_parity"
   times="--shapes math csr --write-table" attach="--model llama-3-8b"
-  settings() { printf -- '--protocol\n%s\n' "$1"; }
+  protocol() { shape=(--protocol "$1" --batch "$2"); }
   all='{mlp_sparsity: 0.99, attention_sparsity: 0.75, criterion: static, compensation: low_rank, compensation_rank: 256, calibration_tokens: 512}'
 fi
-step() { # step NAME SECONDS PROTOCOL ARGUMENTS...
-  [[ -n "${SPARSELORA_BENCH_ONLY:-}" && " $SPARSELORA_BENCH_ONLY " != *" $1 "* ]] && return
-  local name=$1 limit=$2 protocol=$3 shape; shift 3
-  mapfile -t shape < <(settings "$protocol")
-  run "$name" "$limit" "$python" recipes/bench/step.py --device "$device" --csv "$out/step-$device.csv" --json \
-    --variants sft sparse --no-memory "${shape[@]}" "$@"
+bench() { # bench NAME SECONDS SCRIPT ARGUMENTS...
+  local name=$1 limit=$2 script=$3; shift 3
+  run "$name" "$limit" "$python" "recipes/bench/$script.py" --device "$device" "$@"
+}
+steps=()
+add() { # add PROTOCOL BATCH ARGUMENTS...: one more measurement of the step benchmark, which makes a model once
+  protocol "$1" "$2"; shift 2
+  [ ${#steps[@]} -gt 0 ] && steps+=(--then)
+  steps+=("${shape[@]}" "$@")
 }
 
 # the kernels are right on this device, and what each way of an operation takes; the fastest ways are used from here on
 run parity 90 $interpret "$python" -m pytest -q --tb=short --maxfail=20 -p no:cacheprovider $parallel $parity
-run kernels 60 $interpret "$python" recipes/bench/kernel_times.py --device "$device" --csv "$out/kernels-$device.csv" $times
-# the four protocols against untouched SFTTrainer
-step math 100 math $large $batch $turns
-step csr 80 csr $large $batch $turns
+bench kernels 60 kernel_times --csv "$out/kernels-$device.csv" $times
+# the four protocols against untouched SFTTrainer; a stand-in in every layer, whatever quality it has; small batches
+two="--variants sft sparse"
+add math 8
+add csr 8 $two
+add code 6 $two
+add wizard 2 $two
+add csr 8 $two --sparse "$all" --csv "$out/step-stand-in-$device.csv"
+add math 1 $two
+bench step 210 step --variants sft exact sparse $large $turns --csv "$out/step-$device.csv" "${steps[@]}"
 # where its time goes, and how often the sparse step launches and waits
-mapfile -t shape < <(settings math)
-run profile 50 "$python" recipes/bench/profile_step.py --device "$device" --csv "$out/profile-$device.csv" \
-  --variants sft sparse $large $batch "${shape[@]}"
-step code 55 code $large ${batch/8/6} $turns
-step wizard 55 wizard $large ${batch/8/2} $turns
+protocol math 8
+bench profile 50 profile_step --csv "$out/profile-$device.csv" $two $large "${shape[@]}"
 # the SVD of every weight, cold and cached
-run attach 60 "$python" recipes/bench/attach.py --device "$device" --csv "$out/attach-$device.csv" $attach
+bench attach 60 attach --csv "$out/attach-$device.csv" $attach
+# a small model
+protocol wizard 2
+bench step-1b 40 step $two $small $turns --csv "$out/step-$device.csv" "${shape[@]}"
 # against SFTTrainer with fused layer kernels, which change transformers for the whole process
-[ -n "$liger" ] && step math-liger 75 math $large $batch $turns --variants $liger --csv "$out/step-liger-$device.csv"
-# a stand-in in every layer, whatever quality it has; a small model; a small batch
-step csr-stand-in 75 csr $large $batch $turns --sparse "$all" --csv "$out/step-stand-in-$device.csv"
-step 1b 35 wizard $small ${batch/8/2} $turns
-step batch-1 35 math $large --batch 1 $turns
+protocol math 8
+[ -n "$liger" ] &&
+  bench step-liger 75 step --variants $liger $large $turns --csv "$out/step-liger-$device.csv" "${shape[@]}"
 echo "== done in $SECONDS s; results in $out"

@@ -1,6 +1,7 @@
 """Time of a training step: untouched `SFTTrainer` against exact savings, SparseLoRA, and SparseLoRA without them.
 
     python recipes/bench/step.py --device cpu --model tiny-229m --protocol math
+    python recipes/bench/step.py --model llama-3-8b --protocol math --then --protocol csr    # several in one process
 
 The variants take turns: in every round each trains a few steps with its own trainer over the same frozen weights, the
 first step of a turn is not counted, and medians are taken over all rounds. Timed is the whole optimizer step, by the
@@ -11,12 +12,17 @@ of FLOPs that the cost model gives, attention, LoRA and head included.
 
 import argparse
 import csv
+import functools
+import gc
+import itertools
 import json
+import os
 import platform
 import statistics
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,29 +60,44 @@ SCHEDULES = {
 
 
 class PhaseTimer(StepTimer):
-    """Step timer that also takes the forward pass, by timing the trainer's `compute_loss`."""
+    """Step timer that also takes the forward pass, by timing the trainer's `compute_loss`.
+
+    On a GPU by events on the device: the host is not made to wait in the middle of a step.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.forward: list[float] = []
+        self.forward: list[tuple[Mark, Mark]] = []
 
     def watch(self, trainer) -> None:
         """Time the forward pass of a trainer, which keeps its own method."""
         compute_loss = trainer.compute_loss
 
         def timed(*args, **kwargs):
-            start = time.process_time() if not torch.cuda.is_available() else _cuda_now()
+            start = _mark()
             loss = compute_loss(*args, **kwargs)
-            end = time.process_time() if not torch.cuda.is_available() else _cuda_now()
-            self.forward.append(end - start)
+            self.forward.append((start, _mark()))
             return loss
 
         trainer.compute_loss = timed
 
+    @property
+    def forward_seconds(self) -> list[float]:
+        """Of every forward pass; the device must have reached their ends."""
+        return [
+            end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3 for start, end in self.forward
+        ]
 
-def _cuda_now() -> float:
-    torch.cuda.synchronize()
-    return time.perf_counter()
+
+Mark = float | torch.cuda.Event
+
+
+def _mark() -> Mark:
+    if not torch.cuda.is_available():
+        return time.process_time()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -118,13 +139,19 @@ def sparse_settings(args: argparse.Namespace) -> SparseLoraConfig:
 
 
 def make_model(args: argparse.Namespace):
-    overrides = {} if args.layers is None else {"num_hidden_layers": args.layers}
-    if args.hidden:
-        heads = max(4, args.hidden // 64)
-        overrides |= {"hidden_size": args.hidden, "intermediate_size": args.hidden * 7 // 2}
+    """The model of a measurement; the last one made is kept for measurements of the same model."""
+    return _make_model(args.model, args.device, args.layers, args.hidden, args.quantization)
+
+
+@functools.lru_cache(maxsize=1)
+def _make_model(name: str, device: str, layers: int | None, hidden: int | None, quantization: str):
+    overrides = {} if layers is None else {"num_hidden_layers": layers}
+    if hidden:
+        heads = max(4, hidden // 64)
+        overrides |= {"hidden_size": hidden, "intermediate_size": hidden * 7 // 2}
         overrides |= {"num_attention_heads": heads, "num_key_value_heads": max(1, heads // 4)}
-    dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
-    return quantize(build_model(args.model, args.device, dtype, **overrides), args.quantization, dtype)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    return quantize(build_model(name, device, dtype, **overrides), quantization, dtype)
 
 
 def make_trainer(args: argparse.Namespace, variant: str, model, steps: int, callbacks: tuple = ()):
@@ -215,7 +242,7 @@ def rows_of(args: argparse.Namespace, argv: list[str]) -> Iterator[dict]:
     for variant in args.variants:
         steps = timers[variant].steps
         wall, cpu = ([getattr(step, clock) for step in steps] for clock in ("wall", "cpu"))
-        forward = statistics.median(timers[variant].forward)
+        forward = statistics.median(timers[variant].forward_seconds)
         total = statistics.median(cpu if args.device == "cpu" else wall)
         limit = bound(costs[args.variants[0]], costs[variant])
         clock = "cpu" if args.device == "cpu" else "wall"
@@ -263,7 +290,9 @@ def environment(device: str) -> dict[str, str]:
 
 
 def _commit() -> str:
-    """Commit of the working tree; empty where there is no git or no repository."""
+    """Commit of the working tree, or the one that is given for a copy of it; empty where there is no repository."""
+    if given := os.environ.get("SPARSELORA_BENCH_COMMIT"):
+        return given
     command = ["git", "rev-parse", "--short", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, cwd=RESULTS.parent).stdout.strip()
@@ -318,20 +347,44 @@ def summary(rows: list[dict]) -> dict:
     }
 
 
-def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
+def split(argv: list[str]) -> list[list[str]]:
+    """Arguments of each measurement: those before the first `--then`, and what each part behind one adds to them."""
+    parts = [list(part) for word, part in itertools.groupby(argv, lambda word: word == "--then") if not word]
+    return [parts[0], *(parts[0] + part for part in parts[1:])] if parts else [[]]
+
+
+def run(argv: list[str]) -> None:
+    """One measurement, written and shown."""
     args = parse(argv)
-    transformers.utils.logging.set_verbosity_error()
     if args.memory_probe:
         probe(args)
-        return 0
+        return
     rows = list(rows_of(args, argv))
     kind = "step-dora" if args.dora else "step" if args.quantization == "none" else "step-qlora"
     append_csv(args.csv or RESULTS / f"{kind}-{args.device}.csv", rows)
     Console().print(table_of(rows))
     if args.json:
         print(json.dumps(summary(rows)))
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    parts = split(sys.argv[1:] if argv is None else argv)
+    for part in parts:
+        parse(part)  # what is wrong with any is said before the first
+    transformers.utils.logging.set_verbosity_error()
+    failed = False
+    for part in parts:
+        try:
+            run(part)
+        except Exception:
+            if len(parts) == 1:
+                raise
+            traceback.print_exc()  # the others are measured all the same
+            failed = True
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    return int(failed)
 
 
 if __name__ == "__main__":
