@@ -65,11 +65,11 @@ def lean_adapters(modules: Iterable[nn.Module]) -> Patches:
 def _kinds() -> set[type]:
     """PEFT's LoRA linears whose forward is the base's and a branch added to it."""
     from peft.import_utils import is_bnb_4bit_available, is_bnb_available
-    from peft.tuners.lora import bnb
     from peft.tuners.lora.layer import Linear
 
-    return {
-        Linear,
-        *([bnb.Linear8bitLt] if is_bnb_available() else []),
-        *([bnb.Linear4bit] if is_bnb_4bit_available() else []),
-    }
+    kinds = {Linear}
+    if is_bnb_available():
+        from peft.tuners.lora import bnb
+
+        kinds |= {bnb.Linear8bitLt, *([bnb.Linear4bit] if is_bnb_4bit_available() else [])}
+    return kinds
