@@ -3,9 +3,11 @@
 import functools
 import importlib.util
 import os
+from importlib import metadata
 from typing import Any
 
 import torch
+from packaging import version
 
 __all__ = ["blocker", "has_triton", "interpreting", "launch", "numerics"]
 
@@ -58,9 +60,52 @@ def numerics(dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
+_compiled: dict[tuple, tuple[Any, tuple]] = {}  # by what a binary depends on: the binary, and its constants
+
+
 def launch(kernel: Any, grid: tuple[int, ...], tensor: torch.Tensor, *args: Any, **options: Any) -> None:
-    """Launch on the device that holds ``tensor``, whichever is current; an empty grid is nothing to do."""
+    """Launch on the device that holds ``tensor``, whichever is current; an empty grid is nothing to do.
+
+    Args:
+        kernel: a function of `triton.jit` that lives as long as the process, its constants last in its signature.
+        grid: blocks along up to three dimensions.
+        tensor: any of the kernel's.
+        args: arguments that are no constants, in the order of the signature.
+        options: constants, and options of the compiler.
+    """
     if 0 in grid:
         return
-    with torch.cuda.device_of(tensor):
-        kernel[grid](*args, **options)
+    device = tensor.device.index
+    if interpreting() or device == torch.cuda.current_device():
+        _launch(kernel, grid, device, args, options)
+        return
+    with torch.cuda.device(device):
+        _launch(kernel, grid, device, args, options)
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], device: int | None, args: tuple, options: dict[str, Any]) -> None:
+    """Binaries that were made are launched directly: Triton's own way to find them takes several times as long."""
+    key = (id(kernel), device, *options.values(), *[_mark(arg) for arg in args])
+    found = _compiled.get(key)
+    if found is None:
+        binary = kernel[grid](*args, **options)
+        if binary is not None and _takes_constants():
+            _compiled[key] = binary, tuple(options[name] for name in kernel.arg_names[len(args) :])
+        return
+    binary, constants = found
+    binary[grid + (1,) * (3 - len(grid))](*args, *constants)
+
+
+def _mark(value: Any) -> Any:
+    """What Triton compiles a kernel anew for: types, alignment to 16 bytes, multiples of 16, 1, more than 32 bits."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.data_ptr() & 15 == 0
+    if type(value) is int:
+        return value & 15 == 0, value == 1, -(1 << 31) <= value < 1 << 31
+    return type(value)
+
+
+@functools.cache
+def _takes_constants() -> bool:
+    """Whether a binary is launched with the constants among its arguments, as it is since Triton 3.3."""
+    return version.parse(metadata.version("triton")) >= version.parse("3.3")

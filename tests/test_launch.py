@@ -1,0 +1,111 @@
+"""Launching a kernel: binaries are found by what they were compiled for, on the device that holds the tensors.
+
+Kernels and binaries are made up: what they would run is not the question.
+"""
+
+import pytest
+import torch
+
+from sparselora_hf.kernels import runtime
+from sparselora_hf.kernels.runtime import launch
+
+
+class Binary:
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        return lambda *args: self.kernel.launched.append((grid, args))
+
+
+class Kernel:
+    """As `triton.jit` has it: compiles, launches, and gives the binary back."""
+
+    arg_names = ("x_ptr", "y_ptr", "T", "stride", "SCALED", "BLOCK")
+
+    def __init__(self):
+        self.compiled, self.launched = [], []
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: self.compiled.append((grid, args, options)) or Binary(self)
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    monkeypatch.setattr(runtime, "_compiled", {})
+    monkeypatch.setattr(runtime, "_takes_constants", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # where CPU tensors are
+    return Kernel()
+
+
+def run(kernel, tokens=32, stride=64, scaled=True, warps=4, dtype=torch.float32, offset=0):
+    x = torch.zeros(tokens * stride + offset, dtype=dtype)[offset:]
+    launch(kernel, (3,), x, x, None, tokens, stride, SCALED=scaled, BLOCK=16, num_warps=warps)
+
+
+def test_the_second_launch_goes_to_the_binary(kernel):
+    run(kernel)
+    run(kernel, tokens=48)
+    assert len(kernel.compiled) == 1
+    [(grid, args)] = kernel.launched
+    assert grid == (3, 1, 1)
+    assert args[1:] == (None, 48, 64, True, 16)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tokens": 33},
+        {"tokens": 1},
+        {"stride": 65},
+        {"scaled": False},
+        {"warps": 8},
+        {"dtype": torch.bfloat16},
+        {"offset": 1},
+    ],
+)
+def test_what_triton_compiles_anew_for(kernel, change):
+    run(kernel)
+    run(kernel, **change)
+    assert len(kernel.compiled) == 2
+    assert not kernel.launched
+
+
+def test_more_than_32_bits_have_a_binary_of_their_own(kernel):
+    x = torch.zeros(16)
+    for count in (1 << 31, (1 << 31) - 16):
+        launch(kernel, (1,), x, x, None, count, 16, SCALED=False, BLOCK=16)
+    assert len(kernel.compiled) == 2
+
+
+def test_triton_before_3_3_finds_its_binaries_itself(kernel, monkeypatch):
+    monkeypatch.setattr(runtime, "_takes_constants", lambda: False)
+    run(kernel)
+    run(kernel)
+    assert len(kernel.compiled) == 2
+    assert not kernel.launched
+
+
+def test_the_device_of_the_tensor_becomes_the_current_one(kernel, monkeypatch):
+    entered = []
+
+    class Device:
+        def __init__(self, index):
+            entered.append(index)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            return None
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    run(kernel)
+    assert entered == [None]
+    assert len(kernel.compiled) == 1
+
+
+def test_an_empty_grid_launches_nothing(kernel):
+    launch(kernel, (0, 2), torch.zeros(4), torch.zeros(4), None, 0, 4, SCALED=False, BLOCK=16)
+    assert not kernel.compiled
