@@ -29,9 +29,10 @@ class _LeanLora(Patched):
         dtype = None if branch is None else product_type(x, branch.a, branch.b)
         if dtype is None:
             return self.dense_forward(x, *args, **kwargs)
-        base = self.base_layer
+        base = self._modules["base_layer"]
         if is_bare(base, dtype):
-            return projection(x, base.weight, base.bias, dtype, branch, mixed_rows(base, x, dtype))
+            weight, bias = base._parameters["weight"], base._parameters["bias"]
+            return projection(x, weight, bias, dtype, branch, mixed_rows(base, x, dtype))
         through, hidden = fork_branch(x, branch.a, dtype)
         y = base(through)
         if y._is_view() or not y.is_contiguous() or y.dtype != dtype:
@@ -40,17 +41,28 @@ class _LeanLora(Patched):
         return add_branch(y, hidden, branch.b, branch.scaling)
 
 
+# Asked of every projection of every step: parts are read from the dictionaries that `nn.Module.__getattr__` searches.
+
+
 def _plain_branch(layer: nn.Module) -> Branch | None:
     """A layer's only adapter; None where it is not a plain one, or not alone."""
-    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    parts = layer._modules
+    inward = parts["lora_A"]._modules
+    names = [name for name in layer.active_adapters if name in inward]
     if len(names) != 1 or layer.disable_adapters or layer.merged or names[0] in layer.lora_variant:
         return None
     [name] = names
-    a, b = layer.lora_A[name], layer.lora_B[name]
-    ordinary = all(type(part) is nn.Linear and part.bias is None and not part._forward_hooks for part in (a, b))
-    if not ordinary or layer.base_layer._forward_hooks or not isinstance(layer.lora_dropout[name], nn.Identity):
+    a, b = inward[name], parts["lora_B"]._modules[name]
+    if not (_is_plain(a) and _is_plain(b)) or parts["base_layer"]._forward_hooks:
         return None
-    return Branch(a.weight, b.weight, layer.scaling[name])
+    if not isinstance(parts["lora_dropout"]._modules[name], nn.Identity):
+        return None
+    return Branch(a._parameters["weight"], b._parameters["weight"], layer.scaling[name])
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """Whether a linear is a product with its weight and nothing else."""
+    return type(linear) is nn.Linear and linear._parameters["bias"] is None and not linear._forward_hooks
 
 
 def lean_adapters(modules: Iterable[nn.Module]) -> Patches:

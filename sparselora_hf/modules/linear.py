@@ -81,10 +81,11 @@ def mixed_rows(module: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> MixedR
 
 def product_type(*tensors: torch.Tensor) -> torch.dtype | None:
     """Type in which a linear multiplies these: autocast's, or the one that all have; None where they differ."""
-    dtypes, device = {tensor.dtype for tensor in tensors}, tensors[0].device.type
-    if torch.is_autocast_enabled(device) and dtypes <= set(_AUTOCAST):
-        return torch.get_autocast_dtype(device)
-    return dtypes.pop() if len(dtypes) == 1 else None
+    first = tensors[0]
+    kind, dtype = first.device.type, first.dtype
+    if torch.is_autocast_enabled(kind) and all(tensor.dtype in _AUTOCAST for tensor in tensors):
+        return torch.get_autocast_dtype(kind)
+    return dtype if all(tensor.dtype == dtype for tensor in tensors) else None
 
 
 def is_bare(linear: nn.Module, dtype: torch.dtype | None) -> bool:
@@ -92,5 +93,7 @@ def is_bare(linear: nn.Module, dtype: torch.dtype | None) -> bool:
     if (linear._dense_class if isinstance(linear, Patched) else type(linear)) is not nn.Linear:
         return False
     seen = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
-    tensors = (linear.weight,) if linear.bias is None else (linear.weight, linear.bias)
-    return not (seen or has_own_forward(linear)) and all(t.dtype == dtype and not t.requires_grad for t in tensors)
+    if seen or has_own_forward(linear):
+        return False
+    own = linear._parameters  # not by `nn.Module.__getattr__`, which costs more than all else here
+    return all(t is None or (t.dtype == dtype and not t.requires_grad) for t in (own["weight"], own["bias"]))

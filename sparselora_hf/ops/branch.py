@@ -5,16 +5,15 @@ PEFT widens ``x`` to the type of the adapter and autocast narrows it again. Here
 into ``y``, backward into the gradient that the frozen product gives ``x``.
 """
 
-import dataclasses
+from typing import NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 
-__all__ = ["Branch", "add_branch", "fork_branch"]
+__all__ = ["Branch", "add_branch", "branch_backward", "fork_branch"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Branch:
+class Branch(NamedTuple):
     """``scaling · (x Aᵀ) Bᵀ`` with A ``[r, in]`` and B ``[out, r]``, of any type."""
 
     a: torch.Tensor
@@ -67,9 +66,19 @@ class _AddBranch(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         hidden, b = ctx.saved_tensors
-        flat = grad.reshape(-1, grad.shape[-1])
-        grad_b = (flat.t() @ hidden).mul_(ctx.scaling).to(ctx.type)
-        return grad, (flat @ b).mul_(ctx.scaling), grad_b, None
+        grad_hidden, grad_b = branch_backward(grad.reshape(-1, grad.shape[-1]), hidden, b, ctx.scaling)
+        return grad, grad_hidden, grad_b.to(ctx.type), None
+
+
+def branch_backward(
+    grad: torch.Tensor, hidden: torch.Tensor, b: torch.Tensor, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of ``hidden`` ``[T, r]`` and ``b`` ``[out, r]`` in ``scaling · hidden bᵀ`` from that of the product.
+
+    With `beta` 0 the first argument of `addmm` is not read: it gives its shape, and the products come scaled.
+    """
+    grad_hidden = torch.addmm(hidden, grad, b, beta=0, alpha=scaling)
+    return grad_hidden, torch.addmm(b, grad.t(), hidden, beta=0, alpha=scaling)
 
 
 def fork_branch(x: torch.Tensor, a: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,7 +11,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .branch import Branch
+from .branch import Branch, branch_backward
 from .context import ContextPart, context_backward, context_forward
 
 __all__ = ["MixedRows", "projection"]
@@ -57,7 +57,7 @@ class _Projection(torch.autograd.Function):
         ctx.kept = weight, branch, rows, dtype, x.dtype
         if branch is not None:
             narrow = a.to(dtype), b.to(dtype)
-            hidden = flat @ narrow[0].t()  # [T, r]
+            hidden = torch.mm(flat, narrow[0].t())  # [T, r]
             y.addmm_(hidden, narrow[1].t(), alpha=branch.scaling)
             ctx.save_for_backward(x, hidden, *narrow)
         # not a view, on which others could not write
@@ -70,12 +70,12 @@ class _Projection(torch.autograd.Function):
         shape, flat = (*grad.shape[:-1], weight.shape[1]), grad.reshape(-1, grad.shape[-1])
         grad_x = grad_a = grad_b = None
         if ctx.needs_input_grad[0]:
-            grad_x = flat @ weight if rows is None else rows.backward(flat, weight)
+            grad_x = torch.mm(flat, weight) if rows is None else rows.backward(flat, weight)
         if branch is not None:
             x, hidden, a, b = ctx.saved_tensors
-            grad_hidden = (flat @ b).mul_(branch.scaling)
-            grad_a = (grad_hidden.t() @ x.reshape(-1, x.shape[-1]).to(dtype)).to(branch.a.dtype)
-            grad_b = (flat.t() @ hidden).mul_(branch.scaling).to(branch.b.dtype)
+            grad_hidden, grad_b = branch_backward(flat, hidden, b, branch.scaling)
+            grad_a = torch.mm(grad_hidden.t(), x.reshape(-1, x.shape[-1]).to(dtype)).to(branch.a.dtype)
+            grad_b = grad_b.to(branch.b.dtype)
             if grad_x is not None:
                 grad_x.addmm_(grad_hidden, a)
         grad_x = None if grad_x is None else grad_x.view(shape).to(type_of_x)
