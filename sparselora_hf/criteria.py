@@ -46,6 +46,21 @@ class Criterion:
         self.score_tokens = config.score_tokens or self.default_tokens
         self.seed = config.seed
         self.kernels = config.kernels
+        self._picked: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def mlp_of_context(
+        self,
+        layer: int,
+        view: MlpView,
+        x: torch.Tensor,
+        rows: torch.Tensor,
+        step: int,
+        *,
+        sequence: torch.Tensor,
+        groups: int | None = None,
+    ) -> torch.Tensor:
+        """`mlp` of what `sample` takes out of all rows ``x`` ``[T, H]``."""
+        return self.mlp(layer, view, self.sample(x, rows, sequence, groups), step)
 
     def sample(
         self, x: torch.Tensor, rows: torch.Tensor, sequence: torch.Tensor, groups: int | None = None
@@ -61,7 +76,10 @@ class Criterion:
         """The rows, or `score_tokens` of them that lie evenly among them."""
         if self.score_tokens is None or len(rows) <= self.score_tokens:
             return rows
-        return rows[torch.linspace(0, len(rows) - 1, self.score_tokens, device=rows.device).long()]
+        if self._picked is None or self._picked[0] is not rows:  # the layers of a batch have the same ones
+            places = torch.linspace(0, len(rows) - 1, self.score_tokens, device=rows.device).long()
+            self._picked = rows, rows[places]
+        return self._picked[1]
 
     def mlp(self, layer: int, view: MlpView, x: torch.Tensor, step: int) -> torch.Tensor:
         """Scores of MLP channels, ``[N]``."""
@@ -103,20 +121,53 @@ class SvdCriterion(Criterion):
 
     needs_factors = True
 
+    def __init__(
+        self, factors: dict[tuple[int, str], LowRank], calibration: Calibration, config: SparseLoraConfig
+    ) -> None:
+        super().__init__(factors, calibration, config)
+        self._joined: dict[int, tuple[LowRank, LowRank, torch.Tensor]] = {}
+
+    def mlp_of_context(
+        self,
+        layer: int,
+        view: MlpView,
+        x: torch.Tensor,
+        rows: torch.Tensor,
+        step: int,
+        *,
+        sequence: torch.Tensor,
+        groups: int | None = None,
+    ) -> torch.Tensor:
+        """The same, by a kernel that reads the rows where they are."""
+        fused = self._fused(layer, view, x, self._few(rows))
+        if fused is not None:
+            return fused
+        return super().mlp_of_context(layer, view, x, rows, step, sequence=sequence, groups=groups)
+
     def mlp(self, layer: int, view: MlpView, x: torch.Tensor, step: int) -> torch.Tensor:
         """Scores of MLP channels from the factors of its inputs, ``[N]``."""
+        fused = self._fused(layer, view, x)
+        if fused is not None:
+            return fused
         inputs = [(self._factor(layer, role), projection.bias) for role, projection in view.inputs.items()]
-        if len(inputs) == 2 and layer not in self.calibration.stand_ins:
-            factors, biases = zip(*inputs, strict=True)
-            pairs = [(factor.down, factor.up) for factor in factors]
-            fused = gated_norms(x, *pairs, biases, activation_kind(view.activation), self.kernels)
-            if fused is not None:
-                return fused
 
         def channels(rows: torch.Tensor) -> torch.Tensor:
             return view.combine([_biased(factor(rows), bias) for factor, bias in inputs])
 
         return self._missed(layer, channels, x)
+
+    def _fused(
+        self, layer: int, view: MlpView, x: torch.Tensor, rows: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
+        """Scores of a gated MLP's channels without a stand-in, by a kernel; None where there is none."""
+        if len(view.inputs) < 2 or layer in self.calibration.stand_ins:
+            return None
+        gate, up = self._factor(layer, "gate"), self._factor(layer, "up")
+        joined = self._joined.get(layer)
+        if joined is None or joined[0] is not gate or joined[1] is not up:
+            joined = self._joined[layer] = gate, up, torch.cat([gate.down, up.down])
+        biases = view.inputs["gate"].bias, view.inputs["up"].bias
+        return gated_norms(x, joined[2], gate.up, up.up, biases, activation_kind(view.activation), self.kernels, rows)
 
     def norms(self, layer: int, view: AttentionView, role: str, x: torch.Tensor) -> torch.Tensor:
         """Norm over tokens of each output channel, through the Gram matrix of the projected tokens."""
@@ -128,6 +179,8 @@ class SvdCriterion(Criterion):
 
 class SvdMeanCriterion(SvdCriterion):
     """The reference code's estimator: the tokens of each sequence are averaged before they are scored."""
+
+    mlp_of_context = Criterion.mlp_of_context
 
     def sample(
         self, x: torch.Tensor, rows: torch.Tensor, sequence: torch.Tensor, groups: int | None = None

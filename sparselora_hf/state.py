@@ -200,11 +200,12 @@ class LayerLink:
     lean: bool = False
 
     def observe(self, part: str, x: torch.Tensor, training: bool) -> None:
-        """Sample the input ``[T, H]`` of a part that will be sparse, once per micro-batch, while steps are dense."""
+        """Sample the input ``[..., H]`` of a part that will be sparse, once per micro-batch, while steps are dense."""
         batch = self.state.batch
         if batch is None or batch.gather is None or self.keep is None or not training:
             return
-        key = f"{part}.{self.layer}"
+        x, key = x.detach(), f"{part}.{self.layer}"
+        x = x.reshape(-1, x.shape[-1])
         if key not in batch.gathered:  # recomputation passes here again
             batch.gathered.add(key)
             rows, slots = batch.gather

@@ -72,12 +72,20 @@ def test_top_channels(scores, data):
     keep = data.draw(st.integers(0, len(scores)))
     index = top_channels(torch.tensor(scores), keep)
     best = sorted(range(len(scores)), key=lambda c: -scores[c])[:keep]
-    assert index.tolist() == sorted(best)
+    assert sorted(index.tolist()) == sorted(best)
     assert index.dtype == torch.int64
 
 
 def test_top_channels_keeps_its_count_whatever_the_scores():
     scores = torch.tensor([float("nan"), 1.0, float("inf"), 0.0, float("nan")])
     assert top_channels(scores, 3).tolist() == [1, 2, 3]
+    assert top_channels(scores, 2).tolist() == [1, 2]
     assert len(top_channels(torch.zeros(10), 4)) == 4
     assert len(set(top_channels(torch.full((10,), float("nan")), 10).tolist())) == 10
+
+
+def test_channels_that_lie_together_are_sorted():
+    scores = torch.rand(320, generator=torch.Generator().manual_seed(0))
+    many, few = top_channels(scores, 21), top_channels(scores, 20)
+    assert many.tolist() == sorted(many.tolist())
+    assert set(few.tolist()) < set(many.tolist())

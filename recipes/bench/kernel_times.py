@@ -125,7 +125,7 @@ def subjects(shape: Shape, device: str, dtype: torch.dtype) -> Iterator[Subject]
     )  # fmt: skip
 
     def gated(x, way):
-        fused = gated_norms(x, (down, wide[0]), (down, wide[1]), (None, None), "silu", way)
+        fused = gated_norms(x, torch.cat([down, down]), *wide, (None, None), "silu", way)
         if fused is not None:
             return fused
         z = x @ down.t()

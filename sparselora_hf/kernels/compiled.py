@@ -88,8 +88,8 @@ CASES = (
     Case("nf4_columns", nf4.nf4_gather_kernel, "slices", {"BLOCK": 64, "stride_kept": 1}, (), False),
     Case("rms_norm_fwd", rms.rms_norm_fwd_kernel, "rms", {"OFFSET": 0.0, "EARLY": True}, (), False),
     Case("rms_norm_bwd", rms.rms_norm_bwd_kernel, "rms", {"OFFSET": 0.0}, (), False),
-    Case("project_gram_fwd", estimator.project_fwd_kernel, "project", {"GRAM": True}, ("out_ptr",)),
-    Case("project_fwd", estimator.project_fwd_kernel, "project", {"GRAM": False}, ("out_ptr",)),
+    Case("project_gram_fwd", estimator.project_fwd_kernel, "project", {"PICKED": False, "GRAM": True}, ("out_ptr",)),
+    Case("project_fwd", estimator.project_fwd_kernel, "project", {"PICKED": True, "GRAM": False}, ("out_ptr",)),
     Case("gram_norms_fwd", estimator.gram_norms_fwd_kernel, "norms", {}, ("grams_ptr", "out_ptr"), False, 16),
     Case(
         "gated_norms_fwd",

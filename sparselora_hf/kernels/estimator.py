@@ -1,7 +1,7 @@
 """Scores of the SVD estimator: low-rank projection with its Gram matrix, and norms over tokens, two launches a set.
 
-Sums over tokens are written by block and added up in a second launch, in a fixed order: atomic additions would let
-two runs of one seed choose different channels.
+Sums over tokens are written by block and added up afterwards, in a fixed order: atomic additions would let two runs of
+one seed choose different channels.
 """
 
 import torch
@@ -28,6 +28,7 @@ _SPLITS = 16  # blocks that share the tokens of a set of channels
 @triton.jit
 def project_fwd_kernel(
     x_ptr,
+    rows_ptr,
     down_ptr,
     out_ptr,
     T,
@@ -35,6 +36,7 @@ def project_fwd_kernel(
     R,
     stride_x,
     stride_down,
+    PICKED: tl.constexpr,
     GRAM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -42,15 +44,19 @@ def project_fwd_kernel(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """``Z = X · downᵀ`` ``[T, R]``, or the block's share of ``ZᵀZ`` ``[blocks, BLOCK_N, BLOCK_N]``, in float32."""
+    """``Z = X · downᵀ`` ``[T, R]``, or the block's share of ``ZᵀZ`` ``[blocks, BLOCK_N, BLOCK_N]``, in float32.
+
+    X is all rows of a matrix, or those that are picked.
+    """
     t = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     r = tl.arange(0, BLOCK_N)
     tokens, is_t, is_r = t.to(tl.int64), t < T, r < R
+    source = tl.load(rows_ptr + t, mask=is_t, other=0) if PICKED else tokens
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for start in range(0, H, BLOCK_K):
         h = start + tl.arange(0, BLOCK_K)
         is_h = h < H
-        x = tl.load(x_ptr + tokens[:, None] * stride_x + h[None, :], mask=is_t[:, None] & is_h[None, :], other=0.0)
+        x = tl.load(x_ptr + source[:, None] * stride_x + h[None, :], mask=is_t[:, None] & is_h[None, :], other=0.0)
         down = tl.load(down_ptr + r[None, :] * stride_down + h[:, None], mask=is_h[:, None] & is_r[None, :], other=0.0)
         acc = multiply(x.to(down.dtype), down, acc, PRECISION, UPCAST)
     if GRAM:
@@ -105,7 +111,7 @@ def gated_norms_fwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Sum over a split's tokens of ``(act(z_g · b_g) · z_u · b_u)²`` per channel: ``[splits, N]``."""
+    """Norm over a split's tokens of ``act(z_g · b_g) · z_u · b_u`` per channel: ``[splits, N]``; for NaN zero."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     r = tl.arange(0, BLOCK_R)
     is_n, is_r = n < N, r < R
@@ -126,31 +132,37 @@ def gated_norms_fwd_kernel(
             u += tl.load(up_bias_ptr + n, mask=is_n, other=0.0).to(tl.float32)[None, :]
         h = tl.where(is_t, activate(g, KIND) * u, 0.0)
         total += tl.sum(h * h, axis=0)
-    tl.store(out_ptr + tl.program_id(1).to(tl.int64) * N + n, total, mask=is_n)
+    norm = tl.where(total == total, tl.sqrt(total), 0.0)
+    tl.store(out_ptr + tl.program_id(1).to(tl.int64) * N + n, norm, mask=is_n)
 
 
 def _padded(rank: int) -> int:
     return max(16, triton.next_power_of_2(rank))
 
 
-def _project(x: torch.Tensor, down: torch.Tensor, tile: Tile, *, gram: bool) -> torch.Tensor:
+def _project(
+    x: torch.Tensor, down: torch.Tensor, tile: Tile, rows: torch.Tensor | None = None, *, gram: bool
+) -> torch.Tensor:
     """Blocks' Gram matrices ``[blocks, padded r, padded r]`` or projected tokens ``[T, r]``."""
-    rank, blocks = len(down), triton.cdiv(len(x), tile.m)
-    shape = (blocks, _padded(rank), _padded(rank)) if gram else (len(x), rank)
-    out = x.new_empty(shape, dtype=torch.float32)
-    options = {**tile.options(down.element_size()), "BLOCK_N": _padded(rank)}
+    (rank, hidden), tokens = down.shape, len(x if rows is None else rows)
+    blocks, padded = triton.cdiv(tokens, tile.m), _padded(rank)
+    shape = (blocks, padded, padded) if gram else (tokens, rank)
+    out = torch.empty(shape, dtype=torch.float32, device=x.device)
+    options = {**tile.options(down.element_size()), "BLOCK_N": padded}
     launch(
         project_fwd_kernel,
         (blocks,),
         x,
         x,
+        x if rows is None else rows,
         down,
         out,
-        len(x),
-        x.shape[1],
+        tokens,
+        hidden,
         rank,
         x.stride(0),
         down.stride(0),
+        PICKED=rows is not None,
         GRAM=gram,
         **options,
         **numerics(down.dtype),
@@ -200,6 +212,7 @@ def gated_norms(
     norms_tile: Tile,
     gate_bias: torch.Tensor | None = None,
     up_bias: torch.Tensor | None = None,
+    rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Norm over tokens of ``act(x · A_gᵀ · gateᵀ) ⊙ (x · A_uᵀ · upᵀ)`` per channel.
 
@@ -213,14 +226,15 @@ def gated_norms(
         norms_tile: of the second launch.
         gate_bias: ``[N]`` or None; both biases are there or neither.
         up_bias: likewise.
+        rows: int64 ``[C]``, the tokens that count; None is all.
 
     Returns:
-        float32 ``[N]``.
+        float32 ``[N]``, never NaN: parts of the tokens whose norm would be count for nothing.
     """
-    z = _project(x, down, tile, gram=False)
-    rank, width = gate.shape[1], len(gate)
-    splits = min(_SPLITS, triton.cdiv(max(1, len(x)), norms_tile.m))
-    sums = torch.empty(splits, width, dtype=torch.float32, device=x.device)
+    z = _project(x, down, tile, rows, gram=False)
+    (width, rank), tokens = gate.shape, len(z)
+    splits = min(_SPLITS, triton.cdiv(max(1, tokens), norms_tile.m))
+    norms = torch.empty(splits, width, dtype=torch.float32, device=x.device)
     launch(
         gated_norms_fwd_kernel,
         (triton.cdiv(width, norms_tile.n), splits),
@@ -230,11 +244,11 @@ def gated_norms(
         up,
         gate if gate_bias is None else gate_bias,
         up if up_bias is None else up_bias,
-        sums,
-        len(x),
+        norms,
+        tokens,
         width,
         rank,
-        triton.cdiv(len(x), splits),
+        triton.cdiv(tokens, splits),
         gate.stride(0),
         up.stride(0),
         BIASED=gate_bias is not None,
@@ -242,4 +256,4 @@ def gated_norms(
         BLOCK_R=_padded(rank),
         **norms_tile.options(),
     )
-    return sums.sum(0).sqrt()
+    return torch.linalg.vector_norm(norms, dim=0)

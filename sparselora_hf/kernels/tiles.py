@@ -7,6 +7,7 @@ kept, and stages fill what shared memory there is.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import torch
@@ -118,7 +119,11 @@ def tiles_of(op: str, capability: tuple[int, int] | None, exact: bool = False) -
 
 def tile_for(op: str, tensor: torch.Tensor, number: int = 0) -> Tile:
     """Tile of an operation on the chip that holds a tensor, for its type; a number beyond the list is the last."""
-    capability = torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else None
     exact = tensor.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    tiles = tiles_of(op, capability, exact)
+    return _tile(op, tensor.device, exact, number)
+
+
+@functools.cache
+def _tile(op: str, device: torch.device, exact: bool, number: int) -> Tile:
+    tiles = tiles_of(op, torch.cuda.get_device_capability(device) if device.type == "cuda" else None, exact)
     return tiles[min(number, len(tiles) - 1)]

@@ -26,7 +26,7 @@ class SparseMlp(LeanMlp):
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """``[..., H]`` to ``[..., H]``; rows that the batch does not need come back as zero or as context rows."""
         link, flat = link_of(self), x.reshape(-1, x.shape[-1])
-        link.observe("mlp", flat.detach(), self.training)
+        link.observe("mlp", x, self.training)
         rows = link.rows(x, self.training)
         if rows is None or (len(rows.sparse) and not self._branches_are_plain(link.family)):
             return self.dense_forward(x, *args, **kwargs)
@@ -112,6 +112,6 @@ class SparseMlp(LeanMlp):
         batch, criterion = link.state.batch, link.state.criterion
         key = (link.layer, "mlp")
         if key not in batch.selections:  # recomputation meets the set of the first forward
-            context = criterion.sample(x, rows.sparse, batch.plan.sequence, batch.plan.groups)
-            self._choose(criterion.mlp(link.layer, view, context, batch.step))
+            plan = {"sequence": batch.plan.sequence, "groups": batch.plan.groups}
+            self._choose(criterion.mlp_of_context(link.layer, view, x, rows.sparse, batch.step, **plan))
         return batch.selections[key]

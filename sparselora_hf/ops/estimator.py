@@ -36,33 +36,37 @@ def channel_norms(
 
 def gated_norms(
     x: torch.Tensor,
-    gate: tuple[torch.Tensor, torch.Tensor],
-    up: tuple[torch.Tensor, torch.Tensor],
+    down: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
     biases: tuple[torch.Tensor | None, torch.Tensor | None],
     kind: str | None,
     kernels: str | Choice = "auto",
+    rows: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
     """Norm over tokens of ``act(gate) ⊙ up`` of two low-rank products, by a kernel.
 
     Args:
         x: ``[T, H]``.
-        gate: factors ``[r, H]`` and ``[N, r]``.
+        down: inward factors ``[r, H]`` of gate and of up, one under the other.
+        gate: outward factor ``[N, r]`` of gate.
         up: likewise.
         biases: of gate and up.
         kind: name of the activation, or None.
         kernels: as in `SparseLoraConfig`.
+        rows: int64 ``[C]``, the tokens that count; None is all.
 
     Returns:
         float32 ``[N]``, or None where no kernel does it and the activations are to be formed.
     """
-    way = choose("estimator", x, x.shape[1], 2 * len(gate[0]), kernels)
+    way = choose("estimator", x, x.shape[1], len(down), kernels, None if rows is None else len(rows))
     one_bias = (biases[0] is None) != (biases[1] is None)
-    if not way or kind is None or one_bias or not _fits(2 * len(gate[0])):
+    if not way or kind is None or one_bias or not _fits(len(down)):
         return None
     from ..kernels.estimator import gated_norms as fused
 
-    tiles = tile_for("project", gate[0], way.tile), tile_for("norms", gate[0])
-    return fused(_rows_contiguous(x), torch.cat([gate[0], up[0]]), gate[1], up[1], kind, *tiles, *biases)
+    tiles = tile_for("project", down, way.tile), tile_for("norms", down)
+    return fused(_rows_contiguous(x), down, gate, up, kind, *tiles, *biases, rows)
 
 
 def _fits(rank: int) -> bool:

@@ -10,6 +10,7 @@ their own for every 256 of them.
 """
 
 import dataclasses
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
@@ -280,8 +281,13 @@ _QUANTISED: dict[str, type[Weight4bit | Weight8bit]] = {
 
 
 def _kind(linear: nn.Module) -> type[Weight4bit | Weight8bit] | None:
+    return _kind_of(type(linear))
+
+
+@functools.cache
+def _kind_of(cls: type) -> type[Weight4bit | Weight8bit] | None:
     # by name: bitsandbytes is not imported before a model needs it
-    names = (f"{base.__module__}.{base.__qualname__}" for base in type(linear).__mro__)
+    names = (f"{base.__module__}.{base.__qualname__}" for base in cls.__mro__)
     return next((_QUANTISED[name] for name in names if name in _QUANTISED), None)
 
 

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from cases import DTYPES, Draw
+from cases import DEVICE, DTYPES, Draw, poisoned
 from torch.nn import functional as F
 
 from sparselora_hf.kernels.estimator import channel_norms, gated_norms
@@ -46,3 +46,15 @@ def test_gated_norms(shape, rank, biased):
         g, u = g + biases[0].double(), u + biases[1].double()
     want = (F.silu(g) * u).norm(dim=0)
     assert_scores(gated_norms(x, down, gate, up, "silu", TILE, NORMS, *biases), want, dtype)
+    # rows that do not count lie between those that do
+    spread, rows = poisoned(2 * tokens + 1, hidden, dtype=dtype), 2 * torch.arange(tokens, device=DEVICE)
+    spread[rows] = x
+    assert_scores(gated_norms(spread, down, gate, up, "silu", TILE, NORMS, *biases, rows), want, dtype)
+
+
+def test_tokens_that_give_nan_count_for_nothing():
+    draw = Draw()
+    x, down, gate, up = draw(100, 20), draw(6, 20), draw(40, 3), draw(40, 3)
+    want = gated_norms(x[:50], down, gate, up, "silu", TILE, NORMS)
+    x[50:] = float("nan")
+    assert_scores(gated_norms(x, down, gate, up, "silu", TILE, NORMS), want.double(), torch.float32)
