@@ -276,7 +276,7 @@ def _make_lean(handle: SparseLoraHandle, layers: list[Layer]) -> None:
         handle._hooks.append(lean_norms(modules, kind, eps, handle.config.kernels))
     if "adapters" in handle.config.exact:
         views = (AttentionView.of(layer.attention, handle.family) for layer in layers)
-        handle._hooks.append(lean_adapters(module for view in views for module in view.modules.values()))
+        handle._hooks.append(lean_adapters(view.modules for view in views))
 
 
 def _keep_attention(handle: SparseLoraHandle) -> None:

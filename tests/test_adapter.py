@@ -1,5 +1,8 @@
 """LoRA layers that add their branch in place: same numbers, and PEFT's own forward wherever it is needed."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from helpers import assert_same, lora_model, loss_and_gradients
@@ -9,7 +12,7 @@ from torch.autograd import gradcheck
 from sparselora_hf import SparseLoraConfig, sparsify
 from sparselora_hf.modules.classes import Patched
 from sparselora_hf.ops.branch import add_branch, fork_branch
-from sparselora_hf.ops.projection import projection
+from sparselora_hf.ops.projection import projections
 
 LEAN = SparseLoraConfig(exact=("adapters",))
 
@@ -18,11 +21,20 @@ def layers_of(model):
     return [module for module in model.modules() if isinstance(module, Linear)]
 
 
-def count_in_place(monkeypatch) -> list:
+def count_in_place(monkeypatch) -> list[int]:
+    """Projections that each call of our functions computes."""
     calls = []
-    for function in (add_branch, projection):
-        counted = lambda *args, function=function: calls.append(1) or function(*args)  # noqa: E731
-        monkeypatch.setattr(f"sparselora_hf.modules.adapter.{function.__name__}", counted)
+
+    def added(*args):
+        calls.append(1)
+        return add_branch(*args)
+
+    def projected(x, linears, dtype):
+        calls.append(len(linears))
+        return projections(x, linears, dtype)
+
+    monkeypatch.setattr("sparselora_hf.modules.adapter.add_branch", added)
+    monkeypatch.setattr("sparselora_hf.modules.adapter.projections", projected)
     return calls
 
 
@@ -67,13 +79,13 @@ def test_an_input_that_is_frozen_asks_the_frozen_product_for_nothing(frozen_inpu
 @pytest.mark.parametrize("sparse", [False, True], ids=["dense", "sparse"])
 def test_plain_adapters_are_added_in_place(batch, sparse, monkeypatch):
     config = SparseLoraConfig(attention_sparsity={"1-2": 0.5}, rank=4, dense_if_slower=False, exact=False)
-    model, results, calls = lora_model(), [], count_in_place(monkeypatch)
+    model, results, calls = lora_model().double(), [], count_in_place(monkeypatch)
     for exact in ((), ("adapters",)):
         with sparsify(model, config.replace(exact=exact)) as handle:
             handle.set_enabled(sparse)
             results.append(loss_and_gradients(model, batch))
-    assert len(calls) == len(layers_of(model)) == 12
-    assert_same(results[1], results[0], 1e-6)
+    assert calls == [3, 1] * 3
+    assert_same(results[1], results[0], 1e-12)
     assert not any(isinstance(module, Patched) for module in model.modules())
 
 
@@ -101,7 +113,7 @@ def test_under_autocast_too(batch, dtypes, sparse, monkeypatch):
         ):
             handle.set_enabled(sparse)
             results[exact, kinds[0]] = loss_and_gradients(model, batch)
-    assert len(calls) == len(layers_of(model))
+    assert sum(calls) == len(layers_of(model)) == 12
     truth = results.pop(((), torch.float64))[1]
 
     def error(gradients):
@@ -169,3 +181,72 @@ def test_states_that_are_not_plain_run_as_peft_has_them(change, batch, monkeypat
     with sparsify(model, LEAN):
         torch.testing.assert_close(model(**batch).loss, want)
     assert not calls
+
+
+# queries, keys and values together
+
+
+def told_before_keys(model):
+    for layer in layers_of(model)[1::4]:
+        layer.register_forward_pre_hook(lambda *_: None)
+
+
+def told_of_gradients(model):
+    for layer in layers_of(model)[2::4]:
+        layer.register_full_backward_hook(lambda *_: None)
+
+
+def adapter_on_queries_and_values(model):
+    for layer in layers_of(model)[1::4]:
+        layer.enable_adapters(False)
+
+
+def half_of_the_keys(model):
+    for layer in layers_of(model)[1::4]:
+        layer.lora_A.bfloat16()
+        layer.lora_B.bfloat16()
+
+
+APART = {
+    "nothing": (lambda model: None, [3, 1]),
+    "told before keys": (told_before_keys, [2, 1, 1]),
+    "told of gradients": (told_of_gradients, [2, 1, 1]),
+    "adapter on queries and values": (adapter_on_queries_and_values, [2, 1]),
+    "keys in bfloat16": (half_of_the_keys, [2, 1]),
+}
+
+
+@pytest.mark.parametrize(("change", "calls"), APART.values(), ids=APART.keys())
+def test_what_reads_the_same_is_computed_together(change, calls, batch, monkeypatch):
+    model, counted = lora_model().double(), count_in_place(monkeypatch)
+    change(model)
+    want = loss_and_gradients(model, batch)
+    with sparsify(model, LEAN):
+        assert_same(loss_and_gradients(model, batch), want, 1e-12)
+    assert counted == calls * 3
+
+
+def test_a_result_is_used_once_and_for_its_input_alone(monkeypatch):
+    model, calls = lora_model().train(), count_in_place(monkeypatch)
+    query, key = layers_of(model)[:2]
+    x, other = drawn((2, 5, 64), (2, 5, 64), dtype=torch.float32)
+    want = [query(x), key(x), key(other), key(x)]
+    with sparsify(model, LEAN):
+        got = [query(x), key(x), key(other), key(x)]
+        assert calls == [3] * 3
+        torch.testing.assert_close(got, want)
+        copied = copy.deepcopy(model)  # values were computed and never asked for
+    torch.testing.assert_close(layers_of(copied)[0](x), want[0])
+
+
+def test_a_copy_computes_with_its_own_weights(monkeypatch):
+    model, calls = lora_model().train(), count_in_place(monkeypatch)
+    x = drawn((2, 5, 64), dtype=torch.float32)[0]
+    with sparsify(model, LEAN):
+        copied = pickle.loads(pickle.dumps(model))
+        layers_of(copied)[1].base_layer.weight.data.zero_()
+        layers_of(copied)[1].lora_B.default.weight.data.zero_()
+        query, key = (layer(x) for layer in layers_of(copied)[:2])
+        assert calls == [3]
+        assert query.abs().max() > 0 == key.abs().max()
+        assert layers_of(model)[1](x).abs().max() > 0

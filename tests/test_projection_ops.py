@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from sparselora_hf.ops.branch import Branch, add_branch, fork_branch
 from sparselora_hf.ops.context import ContextPart, add_stand_in, context_linear, stand_in_factors
-from sparselora_hf.ops.projection import MixedRows, projection
+from sparselora_hf.ops.projection import Frozen, MixedRows, projection, projections
 from sparselora_hf.ops.rows import fork_rows, overlay_rows
 
 ROWS = {
@@ -110,3 +110,38 @@ def test_what_is_kept_for_backward():
     assert sorted(shapes) == sorted([(2, 3, INPUTS), (6, RANK), (RANK, INPUTS), (OUTPUTS, RANK)])
     [alone] = kept_for_backward(lambda: projection(x, WEIGHT, None, x.dtype, rows=rows))
     assert alone is WEIGHT
+
+
+@pytest.mark.parametrize("unused", [None, 0, 1])
+def test_several_of_the_same_input_are_each_of_them(unused):
+    """Of other widths, ranks, scalings and rows; one may be of no use to the loss."""
+    x, *matrices = (
+        draw(*shape, seed=shape[0]).requires_grad_()
+        for shape in ((2, 3, INPUTS), (2, INPUTS), (OUTPUTS, 2), (3, INPUTS), (4, 3))
+    )
+    inputs, (rows, _) = (x, *matrices), mixed(ROWS["some rows"], True, False)
+    linears = [
+        Frozen(WEIGHT, BIAS, Branch(*matrices[:2], 1.5), rows),
+        Frozen(draw(4, INPUTS, seed=9), None, Branch(*matrices[2:], 0.5)),
+    ]
+
+    def used(results):
+        return [y for number, y in enumerate(results) if number != unused]
+
+    def together(*inputs):
+        return tuple(used(projections(inputs[0], linears, x.dtype)))
+
+    want = used([projection(x, w, bias, x.dtype, branch, part) for w, bias, branch, part in linears])
+    grads = [draw(*y.shape, seed=10) for y in want]
+    torch.testing.assert_close(together(*inputs), tuple(want))
+    expected = torch.autograd.grad(want, inputs, grads, allow_unused=True)
+    got = torch.autograd.grad(together(*inputs), inputs, grads, allow_unused=True)
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, torch.zeros_like(ours) if theirs is None and ours is not None else theirs)
+    assert gradcheck(together, inputs)
+
+
+def test_several_without_a_branch():
+    x = draw(2, 3, INPUTS).requires_grad_()
+    linears = [Frozen(WEIGHT, BIAS), Frozen(draw(4, INPUTS, seed=9), None)]
+    assert gradcheck(lambda x: projections(x, linears, x.dtype), (x,))

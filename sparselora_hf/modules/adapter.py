@@ -1,44 +1,104 @@
 """The exact saving ``adapters``: plain LoRA layers of attention projections add their branch in place.
 
+Queries, keys and values are computed together where they read the same: the first that is called computes for all.
 PEFT's own forward runs wherever anything is out of the ordinary: another kind of layer or adapter, several of them,
 dropout, a bias, mixed types without autocast, arguments, hooks that see the base linear's result.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
 
 from ..ops.branch import Branch, add_branch, fork_branch
-from ..ops.projection import projection
-from .classes import Patched, Patches
+from ..ops.projection import Frozen, projections
+from .classes import Patched, Patches, has_own_forward, link_of
 from .linear import is_bare, mixed_rows, product_type
 
 __all__ = ["lean_adapters"]
 
+_SHARING = ("q", "k", "v")
+
+
+class _Shared:
+    """LoRA layers that mostly read the same, and what one of them computed for the others.
+
+    Args:
+        layers: the layers.
+    """
+
+    def __init__(self, layers: list[nn.Module]) -> None:
+        self.layers = layers
+        self._x: torch.Tensor | None = None
+        self._results: dict[nn.Module, torch.Tensor] = {}
+
+    def take(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
+        """Result of a layer for ``x``, once, if it was computed already."""
+        y = self._results.pop(layer, None) if self._x is x else None
+        if not self._results:
+            self._x = None
+        return y
+
+    def compute(self, layer: nn.Module, x: torch.Tensor, linear: Frozen, dtype: torch.dtype) -> torch.Tensor:
+        """Result of a layer for ``x``, and with it those of the others, unless they had their turn."""
+        if self._x is x or not _is_unwatched(layer):
+            return projections(x, [linear], dtype)[0]
+        together = {layer: linear}
+        for other in self.layers:
+            if other is not layer and _is_unwatched(other):
+                branch, other_type = _plain_branch(other), None
+                if branch is not None and branch.a.dtype == linear.branch.a.dtype:
+                    other_type = product_type(x, branch.a, branch.b)
+                if other_type == dtype and is_bare(other._modules["base_layer"], dtype):
+                    together[other] = _frozen(other, x, branch, dtype)
+        y, *results = projections(x, list(together.values()), dtype)
+        self._results = dict(zip(list(together)[1:], results, strict=True))
+        self._x = x if results else None
+        return y
+
+    def __getstate__(self) -> dict:
+        return {"layers": self.layers, "_x": None, "_results": {}}
+
 
 class _LeanLora(Patched):
-    """Mixin of PEFT's LoRA linear."""
+    """Mixin of PEFT's LoRA linear; its link is what it shares with others, or None."""
 
     traced = True
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """``[..., in]`` to ``[..., out]``."""
-        lean = self.training and not (args or kwargs or torch.compiler.is_compiling())
-        branch = _plain_branch(self) if lean else None
+        if not self.training or args or kwargs or torch.compiler.is_compiling():
+            return self.dense_forward(x, *args, **kwargs)
+        shared = link_of(self)
+        y = None if shared is None else shared.take(self, x)
+        if y is not None:
+            return y
+        branch = _plain_branch(self)
         dtype = None if branch is None else product_type(x, branch.a, branch.b)
         if dtype is None:
-            return self.dense_forward(x, *args, **kwargs)
+            return self.dense_forward(x)
         base = self._modules["base_layer"]
         if is_bare(base, dtype):
-            weight, bias = base._parameters["weight"], base._parameters["bias"]
-            return projection(x, weight, bias, dtype, branch, mixed_rows(base, x, dtype))
+            linear = _frozen(self, x, branch, dtype)
+            return projections(x, [linear], dtype)[0] if shared is None else shared.compute(self, x, linear, dtype)
         through, hidden = fork_branch(x, branch.a, dtype)
         y = base(through)
         if y._is_view() or not y.is_contiguous() or y.dtype != dtype:
             wide = nn.functional.linear(hidden, branch.b.to(dtype)) * branch.scaling
             return (y + wide.view(y.shape)).to(y.dtype)
         return add_branch(y, hidden, branch.b, branch.scaling)
+
+
+def _frozen(layer: nn.Module, x: torch.Tensor, branch: Branch, dtype: torch.dtype) -> Frozen:
+    base = layer._modules["base_layer"]
+    weight, bias = base._parameters["weight"], base._parameters["bias"]
+    return Frozen(weight, bias, branch, mixed_rows(base, x, dtype))
+
+
+def _is_unwatched(layer: nn.Module) -> bool:
+    """Whether nobody prepares a LoRA layer for its call, which is not to come, or is told of it."""
+    seen = layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    return layer.training and not seen and not has_own_forward(layer)
 
 
 # Asked of every projection of every step: parts are read from the dictionaries that `nn.Module.__getattr__` searches.
@@ -65,12 +125,22 @@ def _is_plain(linear: nn.Module) -> bool:
     return type(linear) is nn.Linear and linear._parameters["bias"] is None and not linear._forward_hooks
 
 
-def lean_adapters(modules: Iterable[nn.Module]) -> Patches:
-    """Make PEFT's LoRA linears lean, over a plain base or one of bitsandbytes; returns what undoes it."""
+def lean_adapters(attentions: Iterable[Mapping[str, nn.Module]]) -> Patches:
+    """Make PEFT's LoRA linears lean, over a plain base or one of bitsandbytes.
+
+    Args:
+        attentions: the projections of each, by role.
+
+    Returns:
+        What undoes it.
+    """
     patches, kinds = Patches(), _kinds()
-    for module in modules:
-        if type(module) in kinds:
-            patches.add(module, _LeanLora)
+    for modules in attentions:
+        lean = {role: module for role, module in modules.items() if type(module) in kinds}
+        sharing = [module for role, module in lean.items() if role in _SHARING]
+        shared = _Shared(sharing) if len(sharing) > 1 else None
+        for role, module in lean.items():
+            patches.add(module, _LeanLora, shared if role in _SHARING else None)
     return patches
 
 

@@ -66,19 +66,30 @@ class _AddBranch(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         hidden, b = ctx.saved_tensors
-        grad_hidden, grad_b = branch_backward(grad.reshape(-1, grad.shape[-1]), hidden, b, ctx.scaling)
+        grad_hidden = torch.empty_like(hidden)
+        grad_b = branch_backward(grad.reshape(-1, grad.shape[-1]), hidden, b, ctx.scaling, grad_hidden)
         return grad, grad_hidden, grad_b.to(ctx.type), None
 
 
 def branch_backward(
-    grad: torch.Tensor, hidden: torch.Tensor, b: torch.Tensor, scaling: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of ``hidden`` ``[T, r]`` and ``b`` ``[out, r]`` in ``scaling · hidden bᵀ`` from that of the product.
+    grad: torch.Tensor, hidden: torch.Tensor, b: torch.Tensor, scaling: float, grad_hidden: torch.Tensor
+) -> torch.Tensor:
+    """Gradients in ``scaling · hidden bᵀ``.
 
-    With `beta` 0 the first argument of `addmm` is not read: it gives its shape, and the products come scaled.
+    With `beta` 0 the first argument of `addmm` is not read, it gives its shape: the products come scaled.
+
+    Args:
+        grad: of the product, ``[T, out]``.
+        hidden: ``[T, r]``.
+        b: ``[out, r]``.
+        scaling: of the branch.
+        grad_hidden: gradient of ``hidden``, written to.
+
+    Returns:
+        Gradient of ``b``.
     """
-    grad_hidden = torch.addmm(hidden, grad, b, beta=0, alpha=scaling)
-    return grad_hidden, torch.addmm(b, grad.t(), hidden, beta=0, alpha=scaling)
+    torch.addmm(hidden, grad, b, beta=0, alpha=scaling, out=grad_hidden)
+    return torch.addmm(b, grad.t(), hidden, beta=0, alpha=scaling)
 
 
 def fork_branch(x: torch.Tensor, a: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,11 +1,14 @@
-"""A frozen linear of attention and the LoRA branch on it, for all rows of a batch, as one function.
+"""Frozen linears that read the same, and the LoRA branches on them, for all rows of a batch: one function.
 
 Dense rows have all channels, context rows the kept ones, and the branch is added to both. As a chain of functions
 (`fork_rows`, `context_linear`, `overlay_rows`, `fork_branch`, `add_branch`) the same costs a small batch more time on
-the host than it saves on the device.
+the host than it saves on the device. Queries, keys and values share the product with their A matrices, and the
+gradients that they give their input are summed as they are made.
 """
 
 import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -14,7 +17,7 @@ from torch.nn import functional as F
 from .branch import Branch, branch_backward
 from .context import ContextPart, context_backward, context_forward
 
-__all__ = ["MixedRows", "projection"]
+__all__ = ["Frozen", "MixedRows", "projection", "projections"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,38 +51,86 @@ class MixedRows:
         return grad_x.index_copy_(0, self.dense, grad.index_select(0, self.dense) @ weight)
 
 
-class _Projection(torch.autograd.Function):
+class Frozen(NamedTuple):
+    """A frozen linear, and what goes with it.
+
+    Args:
+        weight: ``[out, in]``, of the type of the product.
+        bias: ``[out]``, likewise, or None.
+        branch: a LoRA branch on top, or None.
+        rows: how rows are computed; None is all of them with all channels.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    branch: Branch | None = None
+    rows: MixedRows | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[..., in]`` to ``[..., out]``, no view, without the branch."""
+        if self.rows is None:
+            return F.linear(x, self.weight, self.bias)
+        y = self.rows.forward(x.reshape(-1, x.shape[-1]), self.weight, self.bias)
+        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))  # a view others could not write on
+
+    def backward(self, grad: torch.Tensor, onto: torch.Tensor | None) -> torch.Tensor:
+        """Gradient ``[T, out]`` to ``[T, in]``, added to another one in place."""
+        if self.rows is not None:
+            grad_x = self.rows.backward(grad, self.weight)
+            return grad_x if onto is None else onto.add_(grad_x)
+        return torch.mm(grad, self.weight) if onto is None else onto.addmm_(grad, self.weight)
+
+
+class _Projections(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, a, b, frozen, branch, rows, dtype):
-        weight, bias = frozen
-        flat = x.reshape(-1, x.shape[-1]).to(dtype)
-        y = F.linear(flat, weight, bias) if rows is None else rows.forward(flat, weight, bias)
-        ctx.kept = weight, branch, rows, dtype, x.dtype
-        if branch is not None:
-            narrow = a.to(dtype), b.to(dtype)
-            hidden = torch.mm(flat, narrow[0].t())  # [T, r]
-            y.addmm_(hidden, narrow[1].t(), alpha=branch.scaling)
-            ctx.save_for_backward(x, hidden, *narrow)
-        # not a view, on which others could not write
-        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
+    def forward(ctx, x, linears, dtype, *adapters):
+        ctx.set_materialize_grads(False)
+        wide = x.to(dtype)
+        results = [linear.forward(wide) for linear in linears]
+        scalings = [linear.branch.scaling for linear in linears if linear.branch is not None]
+        ctx.linears = [linear._replace(branch=None) for linear in linears]  # what the branches hold is saved below
+        ctx.types, ctx.scalings = [x.dtype, *[adapter.dtype for adapter in adapters]], scalings
+        if adapters:
+            a = (adapters[0] if len(linears) == 1 else torch.cat(adapters[::2])).to(dtype)  # [all r, in]
+            bs = [b.to(dtype) for b in adapters[1::2]]
+            hidden = torch.mm(wide.reshape(-1, x.shape[-1]), a.t())  # [T, all r]
+            for y, part, b, scaling in zip(results, _parts(hidden, bs), bs, scalings, strict=True):
+                y.view(-1, y.shape[-1]).addmm_(part, b.t(), alpha=scaling)
+            ctx.save_for_backward(x, hidden, a, *bs)
+        return tuple(results)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
-        weight, branch, rows, dtype, type_of_x = ctx.kept
-        shape, flat = (*grad.shape[:-1], weight.shape[1]), grad.reshape(-1, grad.shape[-1])
-        grad_x = grad_a = grad_b = None
+    def backward(ctx, *grads):
+        shape = next((grad.shape[:-1] for grad in grads if grad is not None), None)
+        if shape is None:
+            return (None,) * len(ctx.needs_input_grad)
+        grads = [None if grad is None else grad.reshape(-1, grad.shape[-1]) for grad in grads]
+        grad_x, grad_adapters = None, []
         if ctx.needs_input_grad[0]:
-            grad_x = torch.mm(flat, weight) if rows is None else rows.backward(flat, weight)
-        if branch is not None:
-            x, hidden, a, b = ctx.saved_tensors
-            grad_hidden, grad_b = branch_backward(flat, hidden, b, branch.scaling)
-            grad_a = torch.mm(grad_hidden.t(), x.reshape(-1, x.shape[-1]).to(dtype)).to(branch.a.dtype)
-            grad_b = grad_b.to(branch.b.dtype)
+            for grad, linear in zip(grads, ctx.linears, strict=True):
+                grad_x = grad_x if grad is None else linear.backward(grad, grad_x)
+        if ctx.scalings:
+            x, hidden, a, *bs = ctx.saved_tensors
+            grad_hidden, grad_bs = torch.empty_like(hidden), []
+            parts = zip(_parts(hidden, bs), _parts(grad_hidden, bs), strict=True)
+            for grad, b, scaling, (part, grad_part) in zip(grads, bs, ctx.scalings, parts, strict=True):
+                grad_bs.append(None if grad is None else branch_backward(grad, part, b, scaling, grad_part))
+                if grad is None:
+                    grad_part.zero_()
+            grad_a = torch.mm(grad_hidden.t(), x.reshape(-1, x.shape[-1]).to(hidden.dtype)).to(ctx.types[1])
+            grad_as = _parts(grad_a.t(), bs)
+            for part, grad_b, type_of_b in zip(grad_as, grad_bs, ctx.types[2::2], strict=True):
+                grad_adapters += [part.t(), None if grad_b is None else grad_b.to(type_of_b)]
             if grad_x is not None:
                 grad_x.addmm_(grad_hidden, a)
-        grad_x = None if grad_x is None else grad_x.view(shape).to(type_of_x)
-        return grad_x, grad_a, grad_b, None, None, None, None
+        grad_x = None if grad_x is None else grad_x.view(*shape, grad_x.shape[1]).to(ctx.types[0])
+        return grad_x, None, None, *grad_adapters
+
+
+def _parts(hidden: torch.Tensor, bs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """Columns of each branch, of which B is ``[out, r]``."""
+    return (hidden,) if len(bs) == 1 else hidden.split([b.shape[1] for b in bs], 1)
 
 
 def projection(
@@ -103,5 +154,20 @@ def projection(
     Returns:
         ``[..., out]``. Differentiable in ``x`` and in the branch's matrices.
     """
-    a, b = (None, None) if branch is None else (branch.a, branch.b)
-    return _Projection.apply(x, a, b, (weight, bias), branch, rows, dtype)
+    [y] = projections(x, [Frozen(weight, bias, branch, rows)], dtype)
+    return y
+
+
+def projections(x: torch.Tensor, linears: Sequence[Frozen], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    """Several linears of the same input, each as `projection` has it.
+
+    Args:
+        x: ``[..., in]``.
+        linears: all with a branch, their A matrices of one type, or all without.
+        dtype: type of the products and of the results.
+
+    Returns:
+        ``[..., out]`` of each. Differentiable in ``x`` and in the branches' matrices.
+    """
+    adapters = [matrix for linear in linears if linear.branch is not None for matrix in linear.branch[:2]]
+    return _Projections.apply(x, linears, dtype, *adapters)
