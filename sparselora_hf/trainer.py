@@ -66,6 +66,7 @@ class SparseLoraTrainer(SFTTrainer):
     _tag_names = ["trl", "sft", "sparselora"]  # noqa: RUF012 - TRL's own attribute
     _name = "SparseLoRA"
     _paper = _PAPER
+    _flos_of_a_token: int | None = None
 
     def __init__(
         self,
@@ -130,6 +131,7 @@ class SparseLoraTrainer(SFTTrainer):
         if isinstance(resume_from_checkpoint, (str, os.PathLike)):
             self._restore_config(Path(resume_from_checkpoint))
             self.sparse_handle.source = Path(resume_from_checkpoint)
+        self._flos_of_a_token = None
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
@@ -199,6 +201,15 @@ class SparseLoraTrainer(SFTTrainer):
         config = self.model.config
         records = config.output_hidden_states or config.output_attentions
         return self.compute_loss_func is None and not self.aux_loss_enabled and not records
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """As `Trainer` counts them, whose walk through all modules at every step is taken once a run."""
+        name = getattr(self.model, "main_input_name", "input_ids")
+        if name not in inputs:
+            return 0
+        if self._flos_of_a_token is None:
+            self._flos_of_a_token = super().floating_point_ops({name: inputs[name].new_zeros(1)})
+        return self._flos_of_a_token * inputs[name].numel()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as `SFTTrainer` does; training logs gain the figures of sparsity."""

@@ -293,3 +293,17 @@ def test_plain_model_comes_back_unwrapped_when_the_data_is_refused(tmp_path):
     assert [type(module) for module in model.modules()] == classes
     assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == trained
     assert "forward" not in vars(model)
+
+
+def test_flos_are_counted_as_by_the_trainer(tmp_path, monkeypatch):
+    """Over batches of other lengths, with one walk through the model's parameters in a run."""
+    dense = trained(tmp_path, data=examples(24, prompt=(3, 20)))
+    sparse, walks = make_trainer(tmp_path, SPARSE, data=examples(24, prompt=(3, 20))), []
+    count = sparse.model.num_parameters
+    monkeypatch.setattr(
+        sparse.model, "num_parameters", lambda **kwargs: walks.append(1) or count(**kwargs), raising=False
+    )
+    sparse.train()
+    assert sparse.state.total_flos == dense.state.total_flos > 0
+    assert len(walks) == 1
+    assert sparse.floating_point_ops({}) == 0

@@ -215,8 +215,8 @@ def test_norms_without_a_kernel(width, dtype, weight_dtype, launched):
 
 
 def test_float64_goes_through_pytorch():
-    model = lora_model(layers=2).double()
-    batch = make_batch()
+    model = lora_model(layers=2).double().to(DEVICE)
+    batch = {name: tensor.to(DEVICE) for name, tensor in make_batch().items()}
     assert_same(
         sparse_result(model, batch, SPARSE.replace(kernels="triton")),
         sparse_result(model, batch, SPARSE.replace(kernels="torch")),
