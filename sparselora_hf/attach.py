@@ -37,6 +37,7 @@ from .modules.mlp import SparseMlp
 from .modules.norm import CompactHook
 from .modules.recall import RecallHooks
 from .modules.rms import lean_norms
+from .modules.rotary import lean_attentions
 from .parts import Part, attention_part, decide, mlp_part
 from .placement import check_weights
 from .selfcheck import difference
@@ -264,7 +265,7 @@ def _detach_lowest(handle: SparseLoraHandle) -> None:
 
 
 def _make_lean(handle: SparseLoraHandle, layers: list[Layer]) -> None:
-    """Activations, norms and adapters of the layers in fewer passes over memory."""
+    """Activations, norms, adapters and rotations of the layers in fewer passes over memory."""
     if "activations" in handle.config.exact:
         mlps = [(layer.number, layer.mlp) for layer in layers if layer.mlp is not None]
         links = ((mlp, LayerLink(handle.state, number, "mlp", None, False, handle.family)) for number, mlp in mlps)
@@ -277,6 +278,11 @@ def _make_lean(handle: SparseLoraHandle, layers: list[Layer]) -> None:
     if "adapters" in handle.config.exact:
         views = (AttentionView.of(layer.attention, handle.family) for layer in layers)
         handle._hooks.append(lean_adapters(view.modules for view in views))
+    if "rotary" in handle.config.exact:
+        patches = lean_attentions((layer.attention for layer in layers), handle.config.kernels)
+        handle._hooks.append(patches)
+        if not patches.modules:
+            handle.state.withheld["rotary"] = "the attention does not turn halves of its heads, or not in sight"
 
 
 def _keep_attention(handle: SparseLoraHandle) -> None:

@@ -24,6 +24,7 @@ EXACT_SAVINGS = (
     "norms",
     "padding",
     "recomputation",
+    "rotary",
 )
 
 _CHOICES = {
@@ -66,7 +67,8 @@ class SparseLoraConfig:
         lora_branch: the LoRA branch of sparse attention projections computes all channels (``dense``, the
             paper) or is zero on dropped ones (``sliced``). On MLP projections it always follows the kept ones.
         exact: savings that change no number: True for all, False for none, or names out of ``activations``,
-            ``adapters``, ``frozen_below``, ``last_layer``, ``logits``, ``norms``, ``padding`` and ``recomputation``.
+            ``adapters``, ``frozen_below``, ``last_layer``, ``logits``, ``norms``, ``padding``, ``recomputation`` and
+            ``rotary``.
         dense_if_slower: run a layer dense when its shapes promise no gain from sparsity.
         kernels: ``auto``, ``torch`` or ``triton``.
         seed: seed of the randomised SVD, the ``random`` criterion and the statistics' reservoir.

@@ -160,17 +160,20 @@ def test_kernel_times_that_are_cut_short_are_kept(bench, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("operation", "op", "side", "forward", "backward"),
-    [("rms norm", "norm", "hidden", 2.0, 3.0), ("activation", "activation", "width", 3.0, 5.0)],
+    ("operation", "op", "width", "keep", "forward", "backward"),
+    [
+        ("rms norm", "norm", 64, 64, 2.0, 3.0),
+        ("activation", "activation", 160, 160, 3.0, 5.0),
+        ("rotary", "rotary", 64, 16, 3.0, 3.0),  # queries, keys a quarter as wide, and as many angles
+    ],
 )
-def test_floor_of_what_memory_bounds_is_its_passes(bench, monkeypatch, operation, op, side, forward, backward):
+def test_floor_of_what_memory_bounds_is_its_passes(bench, monkeypatch, operation, op, width, keep, forward, backward):
     times, tiny = bench.kernel_times, bench.kernel_times.TINY
-    width = getattr(tiny, side)
     monkeypatch.setattr(times, "median_ms", lambda *_: 1.0)
     rows = list(times.measure("tiny", tiny, "cpu", torch.float32, (4.0 * tiny.tokens * width, 1e30)))
     floors = {row["direction"]: row["floor_ms"] for row in rows if row["operation"] == operation}
     assert floors == {"forward": forward, "backward": backward}
-    assert times.fastest(rows)[shape_key(op, torch.float32, tiny.tokens, width, width)] == ["torch", 0]
+    assert times.fastest(rows)[shape_key(op, torch.float32, tiny.tokens, width, keep)] == ["torch", 0]
 
 
 def test_every_kernel_has_its_group_in_the_profile(bench):
@@ -184,6 +187,7 @@ def test_every_kernel_has_its_group_in_the_profile(bench):
         "mlp_activation_bwd_kernel",
         "rms_norm_fwd_kernel",
         "rms_norm_bwd_kernel",
+        "rotary_kernel",
     }
     assert set(groups.values()) == {"sparse kernels", "estimator", "norm and element-wise"}
 

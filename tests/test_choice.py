@@ -8,7 +8,7 @@ import torch
 from sparselora_hf.kernels import choice
 from sparselora_hf.kernels.choice import OPERATIONS, Choice, choose, shape_key, write_table
 from sparselora_hf.kernels.runtime import blocker, numerics
-from sparselora_hf.kernels.tiles import MAX_WIDTH, TILES, chip_of, row_tile, tile_for
+from sparselora_hf.kernels.tiles import MAX_WIDTH, TILES, chip_of, rotary_tile, row_tile, tile_for
 
 
 class OnGpu:
@@ -49,7 +49,7 @@ def test_a_cpu_goes_the_pytorch_way(op):
     [
         ((9, 0), torch.bfloat16, {"rows": "triton", "columns": "triton", "mlp": "slices", "estimator": "triton"}),
         ((9, 0), torch.float32, {"rows": "torch", "columns": "torch", "mlp": "slices", "estimator": "torch"}),
-        ((9, 0), torch.float32, {"norm": "triton"}),
+        ((9, 0), torch.float32, {"norm": "triton", "rotary": "triton"}),
         ((8, 6), torch.float16, {"rows": "triton", "mlp": "slices", "norm": "triton"}),
         ((7, 5), torch.float16, {"rows": "torch", "mlp": "slices", "nf4": "triton", "norm": "triton"}),
         ((7, 5), torch.float32, {"activation": "triton"}),
@@ -130,3 +130,13 @@ def test_a_block_holds_rows_whole(width):
     assert tile.n.bit_count() == tile.m.bit_count() == tile.warps.bit_count() == 1
     assert tile.m * tile.n == max(2048, tile.n)
     assert tile.m * tile.n // (32 * tile.warps) in (16, 32)
+
+
+@pytest.mark.parametrize("half", [1, 5, 32, 40, 64, 128, 256])
+@pytest.mark.parametrize("heads", [1, 6, 14, 32, 71, 128])
+def test_a_block_turns_heads_whole(heads, half):
+    tile = rotary_tile(heads, half)
+    assert half <= tile.n < 2 * half
+    assert tile.n.bit_count() == tile.m.bit_count() == tile.warps.bit_count() == 1
+    assert tile.m * tile.n == 2048 or (tile.m * tile.n < 2048 and heads <= tile.m < 2 * heads)
+    assert tile.m * tile.n // (32 * tile.warps) == 16 or tile.warps == 1

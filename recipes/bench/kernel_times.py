@@ -32,6 +32,7 @@ from sparselora_hf.ops.estimator import channel_norms, gated_norms
 from sparselora_hf.ops.gate import gated_activation
 from sparselora_hf.ops.mlp import MlpWeights, StandIn, kept_mlp
 from sparselora_hf.ops.rms import lean_rms_norm
+from sparselora_hf.ops.rotary import lean_rotary
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -64,12 +65,13 @@ class Subject:
     """One operation at one shape: a function of the way, what it moves and computes, and the entry it decides.
 
     `tiles` names the list of which the triton way takes its pick, if there is one; `elements_back` is what backward
-    moves where that is another number; `outer` is the entry's first width where that is not the hidden size.
+    moves where that is another number; `outer` is the entry's first width where that is not the hidden size, `others`
+    are leaves beside `x`, and `tokens` their number where `x` is more than a matrix.
     """
 
     name: str
     op: str
-    run: Callable[[torch.Tensor, Choice], torch.Tensor | None]
+    run: Callable[[torch.Tensor, Choice], torch.Tensor | tuple[torch.Tensor, ...] | None]
     x: torch.Tensor
     keep: int
     flops: float
@@ -79,6 +81,8 @@ class Subject:
     backward: bool = True
     elements_back: float | None = None
     outer: int | None = None
+    others: tuple[torch.Tensor, ...] = ()
+    tokens: int | None = None
 
     def moved(self, direction: str) -> float:
         """Elements read and written."""
@@ -142,6 +146,14 @@ def subjects(shape: Shape, device: str, dtype: torch.dtype) -> Iterator[Subject]
         "activation", "activation", lambda x, way: gated_activation([x], "silu", way), draw(t, 2 * n), n, 0.0,
         3 * t * n, both, "activation", elements_back=5 * t * n, outer=n,
     )  # fmt: skip
+    d = min(128, h // 4)
+    q, keys, angles = (draw(1, t, heads, d).transpose(1, 2) for heads in (h // d, h // d // 4, 2))
+    keys.requires_grad_()
+    cos, sin = angles.unbind(1)
+    yield Subject(
+        "rotary", "rotary", lambda q, way: lean_rotary(q, keys, cos, sin, way), q, h // 4, 0.0,
+        2 * t * (h + h // 4 + d), both, others=(keys,), tokens=t,
+    )  # fmt: skip
 
 
 def median_ms(run: Callable[[], object], device: str) -> float:
@@ -187,9 +199,10 @@ def times_of(subject: Subject, way: Choice, device: str) -> dict[str, float]:
         times = {"forward": median_ms(lambda: subject.run(subject.x, way), device)}
     if subject.backward:
         leaf = subject.x.detach().requires_grad_()
-        y = subject.run(leaf, way)
-        grad = torch.randn_like(y)
-        times["backward"] = median_ms(lambda: torch.autograd.grad(y, leaf, grad, retain_graph=True), device)
+        y, leaves = subject.run(leaf, way), (leaf, *subject.others)
+        y = y if isinstance(y, tuple) else (y,)
+        grads = [torch.randn_like(each) for each in y]
+        times["backward"] = median_ms(lambda: torch.autograd.grad(y, leaves, grads, retain_graph=True), device)
     return times
 
 
@@ -215,7 +228,13 @@ def measure(name: str, shape: Shape, device: str, dtype: torch.dtype, limits: tu
                     "copy_gb_per_s": round(limits[0] / 1e6, 1),
                     "matmul_tflop_per_s": round(limits[1] / 1e9, 2),
                     **facts,
-                    "key": shape_key(subject.op, dtype, len(subject.x), subject.outer or shape.hidden, subject.keep),
+                    "key": shape_key(
+                        subject.op,
+                        dtype,
+                        subject.tokens or len(subject.x),
+                        subject.outer or shape.hidden,
+                        subject.keep,
+                    ),
                 }
 
 

@@ -27,7 +27,16 @@ GROUPS = {
     "gather and scatter": ("index", "Index", "gather", "scatter", "cat"),
     "copy and fill": ("copy", "Memcpy", "Memset", "fill", "zero", "cast"),
     "optimizer": ("multi_tensor", "foreach", "adam"),
-    "norm and element-wise": ("elementwise", "reduce", "norm", "Norm", "mlp_activation", "triton_", "aten::"),
+    "norm and element-wise": (
+        "elementwise",
+        "reduce",
+        "norm",
+        "Norm",
+        "mlp_activation",
+        "rotary",
+        "triton_",
+        "aten::",
+    ),
 }
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "aten::_local_scalar_dense")
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernelEx")

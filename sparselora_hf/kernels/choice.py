@@ -44,6 +44,7 @@ class Choice:
 # writing in place leaves them out. MLP: with 1 channel in 100 kept both products are narrow, which cuBLAS splits
 # along the depth and a plain tile does not; what is left to win are launches. Estimator: ten launches become two.
 # Norm: a dozen passes over memory become two forward and three backward. Activation: 14 passes become 8.
+# Rotary: of 36 operators two launches are left.
 _HALF = {
     "rows": "triton",
     "columns": "triton",
@@ -52,6 +53,7 @@ _HALF = {
     "nf4": "triton",
     "norm": "triton",
     "activation": "triton",
+    "rotary": "triton",
 }
 # without matrix units in Triton's reach cuBLAS makes every product
 _FMA = {**_HALF, "rows": "torch", "columns": "torch", "estimator": "torch"}

@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import estimator, mlp, nf4, product, rms, slices
+from . import estimator, mlp, nf4, product, rms, rotary, slices
 from .tiles import CHIPS, TILES, Tile
 
 __all__ = ["CASES", "Case", "Resources", "compile_case", "jobs"]
@@ -31,7 +31,16 @@ _TYPES = {
     "scale_ptr": "*fp32",
     "eps": "fp32",
 }
-_UNEVEN = ("M", "T", "R", "BLOCKS", "SPLIT", "eps")  # numbers that promise nothing; others are multiples of 16
+_UNEVEN = (
+    "M",
+    "T",
+    "R",
+    "HQ",
+    "HK",
+    "BLOCKS",
+    "SPLIT",
+    "eps",
+)  # numbers that promise nothing; others are multiples of 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +97,8 @@ CASES = (
     Case("nf4_columns", nf4.nf4_gather_kernel, "slices", {"BLOCK": 64, "stride_kept": 1}, (), False),
     Case("rms_norm_fwd", rms.rms_norm_fwd_kernel, "rms", {"OFFSET": 0.0, "EARLY": True}, (), False),
     Case("rms_norm_bwd", rms.rms_norm_bwd_kernel, "rms", {"OFFSET": 0.0}, (), False),
+    Case("rotary_fwd", rotary.rotary_kernel, "rotary", {"BACKWARD": False}, (), False),
+    Case("rotary_bwd", rotary.rotary_kernel, "rotary", {"BACKWARD": True}, (), False),
     Case("project_gram_fwd", estimator.project_fwd_kernel, "project", {"PICKED": False, "GRAM": True}, ("out_ptr",)),
     Case("project_fwd", estimator.project_fwd_kernel, "project", {"PICKED": True, "GRAM": False}, ("out_ptr",)),
     Case("gram_norms_fwd", estimator.gram_norms_fwd_kernel, "norms", {}, ("grams_ptr", "out_ptr"), False, 16),

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["CHIPS", "MAX_WIDTH", "TILES", "Chip", "Tile", "chip_of", "row_tile", "tile_for", "tiles_of"]
+__all__ = ["CHIPS", "MAX_WIDTH", "TILES", "Chip", "Tile", "chip_of", "rotary_tile", "row_tile", "tile_for", "tiles_of"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +71,13 @@ def row_tile(width: int) -> Tile:
     return Tile(rows, columns, 0, min(16, rows * columns // 512), 1)
 
 
+def rotary_tile(heads: int, half: int) -> Tile:
+    """Heads of one token and half of their width: 2048 pairs of elements or one head, 16 pairs a thread."""
+    columns = 1 << max(0, half - 1).bit_length()
+    rows = max(1, min(2048 // columns, 1 << (heads - 1).bit_length()))
+    return Tile(rows, columns, 0, max(1, min(4, rows * columns // 512)), 1)
+
+
 # "fma": no matrix units, be it that the chip has none that Triton knows (Triton 3.9 multiplies element by element on
 # sm_75) or that float32 is to keep its mantissa
 TILES = {
@@ -103,6 +110,8 @@ TILES = {
     },
     # examples of `row_tile`, which decides: norms of queries and keys, hidden states, the widest
     "rms": dict.fromkeys(("large", "small", "fma"), tuple(map(row_tile, (128, 4096, MAX_WIDTH)))),
+    # examples of `rotary_tile`: heads of 64, 128 and 256
+    "rotary": dict.fromkeys(("large", "small", "fma"), tuple(rotary_tile(32, half) for half in (32, 64, 128))),
 }
 
 
