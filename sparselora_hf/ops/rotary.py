@@ -41,16 +41,19 @@ def _turned(
         from ..kernels.rotary import rotary
 
         return rotary(_along(q), _along(k), cos, sin, dtype, backward)
-    half = cos.shape[-1] // 2
-    sin = (-sin.roll(half, -1) if backward else sin).unsqueeze(1)  # [B or 1, 1, T, D]
-    cos = cos.unsqueeze(1)
-    return _turn(q, cos, sin, half, dtype), _turn(k, cos, sin, half, dtype)
+    cos, first, second = cos.unsqueeze(1), *sin.unsqueeze(1).chunk(2, -1)  # [B or 1, 1, T, D], halves of it
+    if backward:
+        first, second = -second, -first  # what a half gave to the other comes back times the same sine
+    return _turn(q, cos, first, second, dtype), _turn(k, cos, first, second, dtype)
 
 
-def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, half: int, dtype: torch.dtype) -> torch.Tensor:
+def _turn(
+    x: torch.Tensor, cos: torch.Tensor, first: torch.Tensor, second: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
     y = (x * cos).to(dtype)
-    y[..., :half] -= (x[..., half:] * sin[..., :half]).to(dtype)
-    y[..., half:] += (x[..., :half] * sin[..., half:]).to(dtype)
+    (x_first, x_second), (y_first, y_second) = x.chunk(2, -1), y.chunk(2, -1)
+    y_first -= (x_second * first).to(dtype)
+    y_second += (x_first * second).to(dtype)
     return y
 
 
