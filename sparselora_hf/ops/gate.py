@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from ..kernels.choice import Choice, choose
 from ..kernels.tiles import tile_for
 
-__all__ = ["gated_activation"]
+__all__ = ["activate", "activate_backward", "gated_activation"]
 
 _aten = torch.ops.aten
 
@@ -44,41 +44,53 @@ def _gate_and_up(products: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
     return products if len(products) == 2 else products[0].chunk(2, -1)
 
 
+def activate(products: Sequence[torch.Tensor], kind: str, kernels: str | Choice) -> tuple[torch.Tensor, Choice]:
+    """`gated_activation` apart from autograd, and the way it went."""
+    gate, up = _gate_and_up([_rows(product) for product in products])
+    way = choose("activation", gate, gate.shape[1], gate.shape[1], kernels)
+    if way:
+        from ..kernels.mlp import mlp_activation_fwd
+
+        hidden = mlp_activation_fwd(gate, up, gate.shape[1], kind, tile_for("activation", gate, way.tile))
+    else:
+        hidden = gate.new_empty(gate.shape)
+        _FUNCTIONS[kind][0](gate, out=hidden)
+        hidden *= up
+    return hidden.view(*products[0].shape[:-1], gate.shape[1]), way
+
+
+def activate_backward(
+    grad: torch.Tensor, products: Sequence[torch.Tensor], kind: str, way: Choice
+) -> list[torch.Tensor]:
+    """Gradients of the products, from that of the activations ``[..., N]``."""
+    inputs, grad = [_rows(product) for product in products], _rows(grad)
+    grads = [product.new_empty(product.shape) for product in inputs]
+    (gate, up), (grad_gate, grad_up) = _gate_and_up(inputs), _gate_and_up(grads)
+    if way:
+        from ..kernels.mlp import mlp_activation_bwd
+
+        mlp_activation_bwd(grad, gate, up, grad_gate, grad_up, kind, tile_for("activation", gate, way.tile))
+    else:
+        function, derive = _FUNCTIONS[kind]
+        function(gate, out=grad_up)
+        grad_up *= grad
+        torch.mul(grad, up, out=grad_gate)
+        derive(grad_gate, gate, grad_input=grad_gate)
+    return [part.view(product.shape) for part, product in zip(grads, products, strict=True)]
+
+
 class _GatedActivation(torch.autograd.Function):
     @staticmethod
     def forward(ctx, kind, kernels, *products):
         ctx.save_for_backward(*products)
-        gate, up = _gate_and_up([_rows(product) for product in products])
-        way = choose("activation", gate, gate.shape[1], gate.shape[1], kernels)
+        hidden, way = activate(products, kind, kernels)
         ctx.chosen = kind, way
-        if way:
-            from ..kernels.mlp import mlp_activation_fwd
-
-            hidden = mlp_activation_fwd(gate, up, gate.shape[1], kind, tile_for("activation", gate, way.tile))
-        else:
-            hidden = gate.new_empty(gate.shape)
-            _FUNCTIONS[kind][0](gate, out=hidden)
-            hidden *= up
-        return hidden.view(*products[0].shape[:-1], gate.shape[1])
+        return hidden
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        (kind, way), products = ctx.chosen, ctx.saved_tensors
-        inputs, grad = [_rows(product) for product in products], _rows(grad)
-        grads = [product.new_empty(product.shape) for product in inputs]
-        (gate, up), (grad_gate, grad_up) = _gate_and_up(inputs), _gate_and_up(grads)
-        if way:
-            from ..kernels.mlp import mlp_activation_bwd
-
-            mlp_activation_bwd(grad, gate, up, grad_gate, grad_up, kind, tile_for("activation", gate, way.tile))
-        else:
-            activate, derive = _FUNCTIONS[kind]
-            activate(gate, out=grad_up)
-            grad_up *= grad
-            torch.mul(grad, up, out=grad_gate)
-            derive(grad_gate, gate, grad_input=grad_gate)
-        return None, None, *(part.view(product.shape) for part, product in zip(grads, products, strict=True))
+        return None, None, *activate_backward(grad, ctx.saved_tensors, *ctx.chosen)
 
 
 def gated_activation(products: Sequence[torch.Tensor], kind: str, kernels: str | Choice = "auto") -> torch.Tensor:

@@ -9,6 +9,7 @@ A plain MLP has no gate: its activation is that of ``x U_Kᵀ``.
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -20,7 +21,7 @@ from .linear import compute_dtype
 from .quant import FrozenWeight
 from .slices import column_slice, is_plain, row_slice
 
-__all__ = ["MlpWeights", "StandIn", "kept_mlp"]
+__all__ = ["KeptChannels", "MlpWeights", "StandIn", "kept_mlp"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,37 +118,44 @@ class MlpWeights:
         return activated if self.gate is None else activated * wide[:, keep : 2 * keep]
 
 
-# Three functions, not one: recomputation under checkpointing ends once `wide` is saved, before the last product.
+class KeptChannels(NamedTuple):
+    """An MLP on its kept channels, into them and out of them, each way forward and backward, apart from autograd.
 
+    Args:
+        weights: the MLP's.
+        index: int64 ``[K]``, distinct.
+        stand_in: what takes the place of the dropped channels, or None.
+        way: of kernels.
+    """
 
-class _KeptIn(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weights, index, stand_in, way):
-        ctx.kept = weights, index, stand_in, way
-        wide = x @ weights.gather_in(index, stand_in, x.dtype, way).t()  # [T, M K + r]
+    weights: MlpWeights
+    index: torch.Tensor
+    stand_in: StandIn | None
+    way: Choice
+
+    def enter(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """``[T, H]`` to the products ``[T, M K]`` that `enter_backward` needs, and activations ``[T, K + r]``."""
+        weights, index, stand_in = self.weights, self.index, self.stand_in
+        if self.way.way == "triton" and _can_fuse(x, weights, stand_in):
+            from ..kernels.mlp import mlp_in_fwd
+
+            x = x if x.stride(1) == 1 else x.contiguous()
+            tile, biases = tile_for("mlp_in", x, self.way.tile), (weights.gate_bias, weights.up_bias)
+            return mlp_in_fwd(x, weights.gate, weights.up, index, weights.kind, tile, *biases)
+        inward = weights.inward * len(index)
+        wide = x @ weights.gather_in(index, stand_in, x.dtype, self.way).t()  # [T, M K + r]
         weights.add_biases(wide, index)
         if stand_in is not None:
-            wide[:, weights.inward * len(index) :] -= stand_in.shift.to(x.dtype)
-        return wide
+            wide[:, inward:] -= stand_in.shift.to(x.dtype)
+        return wide[:, :inward].contiguous(), self._activate(wide)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        weights, index, stand_in, way = ctx.kept
-        return grad @ weights.gather_in(index, stand_in, grad.dtype, way), None, None, None, None
-
-
-class _KeptActivation(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, wide, weights, index, stand_in, way):
-        inward = weights.inward * len(index)
-        ctx.kept = weights, index, stand_in, way
-        ctx.save_for_backward(wide[:, :inward].contiguous())
-        given_up = None
+    def _activate(self, wide: torch.Tensor) -> torch.Tensor:
+        weights, index, stand_in = self.weights, self.index, self.stand_in
+        inward, given_up = weights.inward * len(index), None
         if stand_in is not None and stand_in.channels is not None:
             mean, channels = (stand_in.mean.index_select(0, index), stand_in.channels.index_select(1, index))
             given_up = torch.addmm(mean.to(wide.dtype), wide[:, inward:], channels.to(wide.dtype))
-        if way and weights.kind:
+        if self.way and weights.kind:
             from ..kernels.mlp import mlp_activation_fwd
 
             gate, up = weights.gate_and_up(wide, len(index))
@@ -157,83 +165,79 @@ class _KeptActivation(torch.autograd.Function):
             hidden -= given_up
         return hidden if stand_in is None else torch.cat([hidden, wide[:, inward:]], 1)  # [T, K + r]
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        weights, index, stand_in, way = ctx.kept
-        (wide,) = ctx.saved_tensors
-        keep, lost = len(index), None
+    def enter_backward(self, grad: torch.Tensor, wide: torch.Tensor) -> torch.Tensor:
+        """Gradient of the activations ``[T, K + r]`` to that of the input ``[T, H]``, with the products of `enter`."""
+        grad_wide = self._activate_backward(grad, wide)
+        return grad_wide @ self.weights.gather_in(self.index, self.stand_in, grad.dtype, self.way)
+
+    def _activate_backward(self, grad: torch.Tensor, wide: torch.Tensor) -> torch.Tensor:
+        weights, stand_in, keep, lost = self.weights, self.stand_in, len(self.index), None
         if stand_in is not None and stand_in.channels is not None:
-            lost = grad[:, :keep] @ stand_in.channels.index_select(1, index).to(grad.dtype).t()
-        if way and weights.kind:
-            return _activation_bwd(grad, wide, weights, keep, lost), None, None, None, None
+            lost = grad[:, :keep] @ stand_in.channels.index_select(1, self.index).to(grad.dtype).t()
+        if self.way and weights.kind:
+            from ..kernels.mlp import mlp_activation_bwd
+
+            grad_wide = grad.new_empty(len(grad), grad.shape[1] + wide.shape[1] - keep)
+            (gate, up), (grad_gate, grad_up) = weights.gate_and_up(wide, keep), weights.gate_and_up(grad_wide, keep)
+            tile = tile_for("activation", wide)
+            mlp_activation_bwd(grad.contiguous(), gate, up, grad_gate, grad_up, weights.kind, tile, lost)
+            return grad_wide
         with torch.enable_grad():
             leaf = wide.detach().requires_grad_()
             (grad_wide,) = torch.autograd.grad(weights.channels(leaf, keep), leaf, grad[:, :keep])
-        if stand_in is not None:
-            grad_z = grad[:, keep:] if lost is None else grad[:, keep:] - lost
-            grad_wide = torch.cat([grad_wide, grad_z], 1)
-        return grad_wide, None, None, None, None
+        if stand_in is None:
+            return grad_wide
+        return torch.cat([grad_wide, grad[:, keep:] if lost is None else grad[:, keep:] - lost], 1)
+
+    def leave(self, hidden: torch.Tensor) -> torch.Tensor:
+        """``[T, K + r]`` to ``[T, H]``."""
+        y = hidden @ self.weights.gather_out(self.index, self.stand_in, hidden.dtype, self.way)
+        for constant in (self.weights.down_bias, None if self.stand_in is None else self.stand_in.constant):
+            if constant is not None:
+                y += constant.to(y.dtype)
+        return y
+
+    def leave_backward(self, grad: torch.Tensor) -> torch.Tensor:
+        """Gradient ``[T, H]`` to ``[T, K + r]``."""
+        return grad @ self.weights.gather_out(self.index, self.stand_in, grad.dtype, self.way).t()
 
 
-def _activation_bwd(
-    grad: torch.Tensor, wide: torch.Tensor, weights: MlpWeights, keep: int, lost: torch.Tensor | None = None
-) -> torch.Tensor:
-    from ..kernels.mlp import mlp_activation_bwd
-
-    grad_wide = grad.new_empty(len(grad), grad.shape[1] + wide.shape[1] - keep)
-    (gate, up), (grad_gate, grad_up) = weights.gate_and_up(wide, keep), weights.gate_and_up(grad_wide, keep)
-    tile = tile_for("activation", wide)
-    mlp_activation_bwd(grad.contiguous(), gate, up, grad_gate, grad_up, weights.kind, tile, lost)
-    return grad_wide
+# Two functions, not one: recomputation under checkpointing ends once the products are saved, before the last one.
 
 
-class _FusedIn(torch.autograd.Function):
-    """`_KeptIn` and `_KeptActivation` in one launch, without a stand-in."""
-
+class _KeptIn(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weights, index, way):
-        from ..kernels.mlp import mlp_in_fwd
-
-        ctx.kept = weights, index, way
-        x = x if x.stride(1) == 1 else x.contiguous()
-        tile, biases = tile_for("mlp_in", x, way.tile), (weights.gate_bias, weights.up_bias)
-        wide, hidden = mlp_in_fwd(x, weights.gate, weights.up, index, weights.kind, tile, *biases)
+    def forward(ctx, x, kept):
+        wide, hidden = kept.enter(x)
+        ctx.kept = kept
         ctx.save_for_backward(wide)
         return hidden
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        weights, index, way = ctx.kept
-        (wide,) = ctx.saved_tensors
-        grad_wide = _activation_bwd(grad, wide, weights, len(index))
-        return grad_wide @ weights.gather_in(index, None, grad.dtype, way), None, None, None
+        return ctx.kept.enter_backward(grad, *ctx.saved_tensors), None
 
 
 class _KeptOut(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weights, index, stand_in, way):
-        ctx.kept = weights, index, stand_in, way
-        y = hidden @ weights.gather_out(index, stand_in, hidden.dtype, way)
-        for constant in (weights.down_bias, None if stand_in is None else stand_in.constant):
-            if constant is not None:
-                y += constant.to(y.dtype)
-        return y
+    def forward(ctx, hidden, kept):
+        ctx.kept = kept
+        return kept.leave(hidden)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        weights, index, stand_in, way = ctx.kept
-        return grad @ weights.gather_out(index, stand_in, grad.dtype, way).t(), None, None, None, None
+        return ctx.kept.leave_backward(grad), None
 
 
 def _can_fuse(x: torch.Tensor, weights: MlpWeights, stand_in: StandIn | None) -> bool:
     """Whether one kernel makes products and activation: plain weights in the type of ``x``, a known activation."""
+    if stand_in is not None or weights.kind is None:
+        return False
     inputs = [weight for weight in (weights.gate, weights.up) if weight is not None]
     plain = all(is_plain(weight, x.dtype) and weight.stride() == inputs[0].stride() for weight in inputs)
-    biases = weights.gate is None or (weights.gate_bias is None) == (weights.up_bias is None)
-    return plain and biases and stand_in is None and weights.kind is not None
+    return plain and (weights.gate is None or (weights.gate_bias is None) == (weights.up_bias is None))
 
 
 def kept_mlp(
@@ -256,10 +260,5 @@ def kept_mlp(
         ``[T, H]``. Differentiable in ``x``.
     """
     x = x.to(compute_dtype(x, weights.up))
-    way = choose("mlp", x, x.shape[1], len(index), kernels)
-    if way.way == "triton" and _can_fuse(x, weights, stand_in):
-        hidden = _FusedIn.apply(x, weights, index, way)
-    else:
-        wide = _KeptIn.apply(x, weights, index, stand_in, way)
-        hidden = _KeptActivation.apply(wide, weights, index, stand_in, way)
-    return _KeptOut.apply(hidden, weights, index, stand_in, way)
+    kept = KeptChannels(weights, index, stand_in, choose("mlp", x, x.shape[1], len(index), kernels))
+    return _KeptOut.apply(_KeptIn.apply(x, kept), kept)

@@ -12,10 +12,9 @@ from sparselora_hf import SparseLoraConfig, sparsify
 from sparselora_hf.kernels import choice
 from sparselora_hf.kernels.choice import Choice
 from sparselora_hf.kernels.tiles import MAX_WIDTH
-from sparselora_hf.ops import mlp as mlp_ops
 from sparselora_hf.ops.branch import Branch
 from sparselora_hf.ops.context import ContextPart, context_linear
-from sparselora_hf.ops.mlp import MlpWeights, StandIn, kept_mlp
+from sparselora_hf.ops.mlp import KeptChannels, MlpWeights, StandIn, kept_mlp
 from sparselora_hf.ops.projection import MixedRows, projection
 from sparselora_hf.ops.rms import lean_rms_norm
 from sparselora_hf.ops.rows import fork_rows, overlay_rows
@@ -114,7 +113,7 @@ def test_fused_and_stored_activations_are_used(monkeypatch):
     """The kernels do run: neither comparison above compares PyTorch with itself."""
     draw = Draw()
     weights, index = MlpWeights(draw(20, 8), draw(20, 8), draw(8, 20), F.silu), draw.subset(20, 6)
-    monkeypatch.setattr(mlp_ops._KeptActivation, "apply", None)
+    monkeypatch.setattr(KeptChannels, "_activate", None)
     kept_mlp(draw(9, 8), weights, index, kernels="triton")
     with pytest.raises(TypeError):
         kept_mlp(draw(9, 8), weights, index, kernels="torch")
