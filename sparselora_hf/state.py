@@ -18,6 +18,7 @@ from .families import ModelFamily
 from .meter import Meter
 from .ops.transfer import to_device
 from .plan import TokenPlan
+from .views import MlpView
 from .worth import Worth
 
 logger = logging.get_logger(__name__)
@@ -65,6 +66,14 @@ class ActiveBatch:
         self.gather: tuple[torch.Tensor, torch.Tensor] | None = None  # rows to sample, slots they take
         self.gathered: set[str] = set()
         self._rows: dict[tuple[bool, bool, torch.device], Rows] = {}
+        self._places: tuple[Rows, torch.Tensor] | None = None
+
+    def output_places(self, rows: Rows) -> torch.Tensor:
+        """Where the output tokens lie among the dense rows of a module."""
+        if self._places is None or self._places[0] is not rows:  # the layers of a batch have the same ones
+            output = self.plan.output.to(rows.dense.device)
+            self._places = rows, torch.searchsorted(rows.dense, output)
+        return self._places[1]
 
     def pays(self, worth: Worth) -> bool:
         """Whether a part with this balance is faster sparse for this batch."""
@@ -188,6 +197,7 @@ class LayerLink:
         family: family row of the model.
         worth: balance that lets the module run dense where a batch would not be faster sparse; None never does.
         lean: whether an MLP's activations are one function where all channels are computed (`modules.gate`).
+        view: what `modules.gate.view_of` found in an MLP last time.
     """
 
     state: SparseState
@@ -198,6 +208,7 @@ class LayerLink:
     family: ModelFamily
     worth: Worth | None = None
     lean: bool = False
+    view: MlpView | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def observe(self, part: str, x: torch.Tensor, training: bool) -> None:
         """Sample the input ``[..., H]`` of a part that will be sparse, once per micro-batch, while steps are dense."""

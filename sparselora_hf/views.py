@@ -18,6 +18,8 @@ __all__ = ["AttentionView", "MlpView", "Projection", "base_linear", "part_of"]
 
 def base_linear(module: nn.Module) -> nn.Module:
     """The frozen linear of a projection: PEFT's base layer where the projection carries an adapter."""
+    if type(module) is nn.Linear:  # what follows takes longer
+        return module
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
@@ -99,7 +101,7 @@ class MlpView:
 
     @classmethod
     def of(cls, mlp: nn.Module, family: ModelFamily) -> "MlpView":
-        """Look the parts up in a module: nothing is kept, so a copied model never reaches into its original."""
+        """Look the parts up in a module."""
         roles = ("gate_up",) if family.gate_up else ("gate", "up") if family.gate else ("up",)
         modules = {role: part_of(mlp, family, role) for role in (*roles, "down")}
         width = base_linear(modules["down"]).in_features
@@ -110,6 +112,15 @@ class MlpView:
             inputs = {role: Projection(modules[role]) for role in roles}
         dropout = part_of(mlp, family, "dropout") if family.dropout else 0.0
         return cls(inputs, Projection(modules["down"]), part_of(mlp, family, "activation"), dropout, modules)
+
+    def is_of(self, mlp: nn.Module, family: ModelFamily) -> bool:
+        """Whether this is what `of` would make of a module now."""
+        named = mlp._modules
+        return (
+            all(named.get(getattr(family, role)) is module for role, module in self.modules.items())
+            and part_of(mlp, family, "activation") is self.activation
+            and (not family.dropout or part_of(mlp, family, "dropout") == self.dropout)
+        )
 
     @property
     def width(self) -> int:

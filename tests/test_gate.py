@@ -22,10 +22,11 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from zoo import CONFIGS, zoo_lora
 
 from sparselora_hf import SparseLoraConfig, sparsify
-from sparselora_hf.modules import gate as gate_module
 from sparselora_hf.modules.classes import Patched, link_of
 from sparselora_hf.modules.gate import LeanMlp
-from sparselora_hf.ops.gate import gated_activation
+from sparselora_hf.ops import gate as gate_ops
+from sparselora_hf.ops import mixed_mlp as mixed_ops
+from sparselora_hf.ops.gate import activate, gated_activation
 
 LEAN = SparseLoraConfig(exact=("activations",))
 # families whose MLPs have no gate, or are experts alone
@@ -122,9 +123,10 @@ def seen(monkeypatch):
 
     def watched(parts, *args):
         shapes.append(tuple(parts[0].shape))
-        return gated_activation(parts, *args)
+        return activate(parts, *args)
 
-    monkeypatch.setattr(gate_module, "gated_activation", watched)
+    for module in (gate_ops, mixed_ops):
+        monkeypatch.setattr(module, "activate", watched)
     return shapes
 
 

@@ -18,7 +18,15 @@ from ..state import LayerLink
 from ..views import MlpView, base_linear
 from .classes import Patched, Patches, has_own_forward, link_of
 
-__all__ = ["LeanMlp", "lean_mlps"]
+__all__ = ["LeanMlp", "lean_mlps", "view_of"]
+
+
+def view_of(mlp: nn.Module) -> MlpView:
+    """View of a patched MLP. It is kept for the next call, and made anew where a part is another by then."""
+    link = link_of(mlp)
+    if link.view is None or not link.view.is_of(mlp, link.family):
+        link.view = MlpView.of(mlp, link.family)
+    return link.view
 
 
 class LeanMlp(Patched):
@@ -34,7 +42,7 @@ class LeanMlp(Patched):
         """The same with all channels."""
         if torch.compiler.is_compiling() or args or kwargs or not (self.training and link_of(self).lean):
             return super().dense_forward(x, *args, **kwargs)
-        view, kernels = MlpView.of(self, link_of(self).family), link_of(self).state.config.kernels
+        view, kernels = view_of(self), link_of(self).state.config.kernels
         products = [module(x) for role, module in view.modules.items() if role != "down"]
         return view.down.module(_activations(view, products, kernels))
 

@@ -1,18 +1,22 @@
 """An MLP that computes all channels for output rows and the kept ones for context rows."""
 
+import functools
+
 import torch
 from torch import nn
 
 from ..channels import ChannelSelection, top_channels
-from ..families import ModelFamily
+from ..ops.activations import activation_kind
 from ..ops.linear import gathered_columns, gathered_rows
-from ..ops.mlp import StandIn, kept_mlp
+from ..ops.mixed_mlp import FrozenMlp, mixed_mlp
+from ..ops.mlp import MlpWeights, StandIn, kept_mlp
 from ..ops.quant import frozen_weight
 from ..ops.rows import fork_rows, join_rows, overlay_rows
 from ..state import Rows
 from ..views import MlpView, base_linear
 from .classes import link_of
-from .gate import LeanMlp
+from .gate import LeanMlp, view_of
+from .linear import is_bare, product_type
 from .lora import has_branch, is_plain_lora, kept_inputs, kept_outputs
 
 __all__ = ["SparseMlp"]
@@ -25,11 +29,18 @@ class SparseMlp(LeanMlp):
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """``[..., H]`` to ``[..., H]``; rows that the batch does not need come back as zero or as context rows."""
-        link, flat = link_of(self), x.reshape(-1, x.shape[-1])
+        link = link_of(self)
         link.observe("mlp", x, self.training)
         rows = link.rows(x, self.training)
-        if rows is None or (len(rows.sparse) and not self._branches_are_plain(link.family)):
+        if rows is None:
             return self.dense_forward(x, *args, **kwargs)
+        if len(rows.sparse):
+            frozen = None if args or kwargs else self._frozen(x)
+            if frozen is not None:
+                return mixed_mlp(x, frozen, rows.dense, functools.partial(self._select, rows))
+            if not self._branches_are_plain():
+                return self.dense_forward(x, *args, **kwargs)
+        flat = x.reshape(-1, x.shape[-1])
         if not len(rows.sparse):
             dense = self.dense_forward(flat.index_select(0, rows.dense), *args, **kwargs)
             return join_rows(dense, dense[:0], rows.dense, rows.sparse, len(flat)).view(x.shape)
@@ -41,8 +52,32 @@ class SparseMlp(LeanMlp):
         # a 4-bit linear computes in a type of its own and answers in that of its input
         return overlay_rows(sparse.to(dense.dtype), dense, rows.dense).view(x.shape)
 
-    def _branches_are_plain(self, family: ModelFamily) -> bool:
-        return all(is_plain_lora(module) for module in MlpView.of(self, family).modules.values())
+    def _frozen(self, x: torch.Tensor) -> FrozenMlp | None:
+        """The MLP as frozen weights, if it is no more than that: known by trial, and nobody watches its linears."""
+        link, view = link_of(self), view_of(self)
+        *inputs, down = view.modules.values()
+        if not link.lean or view.dropout or not isinstance(down, nn.Linear):
+            return None
+        dtype, kind = product_type(x, down.weight), activation_kind(view.activation)
+        if kind is None or not all(is_bare(linear, dtype) for linear in (*inputs, down)):
+            return None
+        stand_in = link.state.calibration.stand_ins.get(link.layer)
+        linears = [(linear.weight, linear.bias) for linear in inputs]
+        if len(linears) == 2:
+            (gate, gate_bias), (up, up_bias) = linears
+            weights = MlpWeights(gate, up, down.weight, view.activation, gate_bias, up_bias, down.bias)
+        else:
+            weights = view.weights()
+        return FrozenMlp(linears, weights, kind, dtype, stand_in, link.state.config.kernels)
+
+    def _select(self, rows: Rows, x: torch.Tensor, few: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Channels of the batch, from all rows, the dense ones of them and what those activate."""
+        if link_of(self).state.criterion.reads_output:
+            self._learn(few, hidden, rows)
+        return self._selection(view_of(self), x, rows).narrow
+
+    def _branches_are_plain(self) -> bool:
+        return all(is_plain_lora(module) for module in view_of(self).modules.values())
 
     def _led_by_output(self, whole: torch.Tensor, few: torch.Tensor, rows: Rows, *args, **kwargs) -> tuple:
         """Sparse and dense rows, on the channels that the activations of the dense ones ``few`` ask for.
@@ -56,7 +91,7 @@ class SparseMlp(LeanMlp):
             self._learn(few, inputs[0], rows)
             sparse.append(self._sparse(whole, rows))
 
-        view = MlpView.of(self, link_of(self).family)
+        view = view_of(self)
         hook = view.modules["down"].register_forward_pre_hook(follow)
         try:
             dense = self.dense_forward(few, *args, **kwargs)
@@ -74,8 +109,8 @@ class SparseMlp(LeanMlp):
         link = link_of(self)
         batch, criterion = link.state.batch, link.state.criterion
         if (link.layer, "mlp") not in batch.selections:  # recomputation meets the set of the first forward
-            output = torch.searchsorted(rows.dense, batch.plan.output.to(x.device))
-            self._choose(criterion.mlp_of_output(link.layer, x, hidden.reshape(-1, hidden.shape[-1]), output))
+            hidden = hidden.reshape(-1, hidden.shape[-1])
+            self._choose(criterion.mlp_of_output(link.layer, x, hidden, batch.output_places(rows)))
 
     def _choose(self, scores: torch.Tensor) -> None:
         link = link_of(self)
@@ -85,7 +120,7 @@ class SparseMlp(LeanMlp):
     def _sparse(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
         """All rows ``[T, H]`` on the channels that suit the context rows best."""
         link = link_of(self)
-        view, stand_in = MlpView.of(self, link.family), link.state.calibration.stand_ins.get(link.layer)
+        view, stand_in = view_of(self), link.state.calibration.stand_ins.get(link.layer)
         index = self._selection(view, x, rows).narrow
         if any(has_branch(module) for module in view.modules.values()):
             y = self._with_branches(view, x, index, stand_in)

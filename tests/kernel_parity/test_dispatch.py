@@ -14,6 +14,7 @@ from sparselora_hf.kernels.choice import Choice
 from sparselora_hf.kernels.tiles import MAX_WIDTH
 from sparselora_hf.ops.branch import Branch
 from sparselora_hf.ops.context import ContextPart, context_linear
+from sparselora_hf.ops.mixed_mlp import FrozenMlp, mixed_mlp
 from sparselora_hf.ops.mlp import KeptChannels, MlpWeights, StandIn, kept_mlp
 from sparselora_hf.ops.projection import MixedRows, projection
 from sparselora_hf.ops.rms import lean_rms_norm
@@ -95,6 +96,29 @@ def test_kept_mlp(form, kind, way, dtype, monkeypatch):
     monkeypatch.setattr(choice, "_FORCED", {**choice._FORCED, "mlp": way})
     choice._choose.cache_clear()
     (y, grad), (y_want, grad_want) = both(lambda x, kernels: kept_mlp(x, weights, index, stand_in, kernels), x)
+    choice._choose.cache_clear()
+    assert_near(y, y_want, dtype)
+    assert_near(grad, grad_want, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("way", ["triton", "slices"])
+@pytest.mark.parametrize("joined", [False, True], ids=["two linears", "one linear"])
+@pytest.mark.parametrize("counts", ROWS.values(), ids=ROWS.keys())
+def test_mixed_mlp(counts, joined, way, dtype, monkeypatch, poison):
+    draw = Draw(dtype)
+    x, joint, down = draw(40, 24), draw(140, 24, scale=0.3), draw(24, 70, scale=0.3)
+    gate, up = joint.chunk(2)
+    rows, index = draw.subset(40, counts[1]), draw.subset(70, 13)
+    inputs = [(joint, None)] if joined else [(gate, None), (up, None)]
+    monkeypatch.setattr(choice, "_FORCED", {**choice._FORCED, "mlp": way})
+    choice._choose.cache_clear()
+
+    def op(x, kernels):
+        mlp = FrozenMlp(inputs, MlpWeights(gate, up, down, F.silu), "silu", dtype, None, kernels)
+        return mixed_mlp(x, mlp, rows, lambda *_: index)
+
+    (y, grad), (y_want, grad_want) = both(op, x)
     choice._choose.cache_clear()
     assert_near(y, y_want, dtype)
     assert_near(grad, grad_want, dtype)
