@@ -52,6 +52,35 @@ def test_repeats_are_one_line_with_their_range(bench, monkeypatch):
     assert "0.50 (0.50-0.50)" in lines[2]
 
 
+STACK = dict.fromkeys(("device", "torch", "transformers", "peft", "trl", "commit"), "x")
+
+
+def test_profile_by_variant(bench, monkeypatch):
+    cells = [("sft", "product", "9.0", "4"), ("sft", "waits", "", "3"), ("sparse", "estimator", "0.5", "2")]
+    cells += [("sparse", "product", "3.0", "5"), ("sparse", "waits", "", "3")]
+    rows = [dict(zip(("variant", "group", "ms", "count"), cell, strict=True), **STACK) for cell in cells]
+    monkeypatch.setattr(bench, "read", lambda name: rows)
+    lines = bench.profile_table().splitlines()
+    assert lines[0] == "|  | SFTTrainer | SparseLoRA |"
+    assert lines[2:6] == [
+        "| product | 9.0 (4) | 3.0 (5) |",
+        "| estimator |  | 0.5 (2) |",
+        "| all kernels | 9.0 | 3.5 |",
+        "| waits | 3 | 3 |",
+    ]
+
+
+def test_fastest_way_of_an_operation(bench, monkeypatch):
+    common = {"shape": "math", "operation": "mlp", "direction": "forward", "copy_gb_per_s": "4200"}
+    common |= {"matmul_tflop_per_s": "700", **STACK}
+    times = (("torch", "0.2", "0.1"), ("triton", "0.05", "0.4"), ("triton", "0.08", "0.25"))
+    rows = [{**common, "way": way, "ms": ms, "reached": reached} for way, ms, reached in times]
+    monkeypatch.setattr(bench, "read", lambda name: rows)
+    text = bench.kernels_table()
+    assert "| math | mlp | forward | 200 | triton | 50 | 40% |" in text.splitlines()
+    assert "a copy at 4.2 TB/s, a product at 700 TFLOP/s" in text
+
+
 def test_unknown_table_is_an_error(bench):
     with pytest.raises(ValueError, match="no table 'stpe'"):
         bench.fill("<!-- table:stpe -->\n<!-- end -->")

@@ -26,6 +26,7 @@ NOT_YET = "Not yet measured."
 CLOCKS = {"wall": "", "processor": "_cpu"}
 SETTING = ("model", "sequence", "output", "batch", "fill", "checkpointing")  # of a CSV's rows
 VARIANTS = {"exact": "exact savings alone", "sparse": "SparseLoRA", "sparse_no_exact": "without exact savings"}
+PROFILED = {"sft": "SFTTrainer", **VARIANTS}
 
 _MAIN = ("output+r8@0.9", "static+r8@0.9", "svd_whitened+r8@0.9", "output@0.9", "oracle@0.9", "svd@0.9")
 _EQUAL = ("output+r8@0.9, equal FLOPs", "svd@0.9, equal FLOPs")
@@ -102,7 +103,7 @@ def speed(rows: Rows, clock: str) -> str:
 
 def step_table(name: str) -> str:
     """Speed-ups of the variants over `SFTTrainer`, a line for each setting."""
-    rows = read(name)
+    rows = [{**row, "variant": row["variant"].removesuffix("_liger")} for row in read(name)]
     if not rows:
         return NOT_YET
     settings = by_setting(rows)
@@ -226,6 +227,47 @@ def estimators_table() -> str:
     return markdown(*estimator_rows(rows, "mlp", ("0.9",))) + footnote(rows) if rows else NOT_YET
 
 
+def profile_table() -> str:
+    """Where the kernels of a step spend their time, by variant."""
+    rows = read("profile-cuda.csv")
+    if not rows:
+        return NOT_YET
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    cells = {(row["group"], row["variant"]): row for row in rows}
+    timed = list(dict.fromkeys(row["group"] for row in rows if row["ms"]))
+    timed.sort(key=lambda name: -float(cells.get((name, variants[0]), {}).get("ms", 0)))
+    counted = sorted({row["group"] for row in rows if not row["ms"]})
+
+    def of(name: str, variant: str) -> str:
+        row = cells.get((name, variant))
+        return "" if row is None else row["count"] if not row["ms"] else f"{float(row['ms']):.1f} ({row['count']})"
+
+    sums = (sum(float(r["ms"]) for r in rows if r["ms"] and r["variant"] == variant) for variant in variants)
+    body = [[name, *(of(name, variant) for variant in variants)] for name in timed]
+    body += [["all kernels", *(f"{total:.1f}" for total in sums)]]
+    body += [[name, *(of(name, variant) for variant in variants)] for name in counted]
+    return markdown(["", *(PROFILED.get(variant, variant) for variant in variants)], body) + footnote(rows)
+
+
+def kernels_table() -> str:
+    """The fastest way of every operation, and how near it comes to what the device can do at all."""
+    rows = read("kernels-cuda.csv")
+    if not rows:
+        return NOT_YET
+    groups: dict[tuple[str, str, str], Rows] = defaultdict(list)
+    for row in rows:
+        groups[row["shape"], row["operation"], row["direction"]].append(row)
+    body = []
+    for key, ways in groups.items():
+        best = min(ways, key=lambda row: float(row["ms"]))
+        first, fastest = (f"{1e3 * float(row['ms']):.0f}" for row in (ways[0], best))
+        body.append([*key, first, best["way"], fastest, f"{float(best['reached']):.0%}"])
+    header = ["shape", "operation", "", "PyTorch, µs", "fastest way", "µs", "of the ceiling"]
+    copy, product = float(rows[0]["copy_gb_per_s"]) / 1e3, rows[0]["matmul_tflop_per_s"]
+    ceilings = f"Ceilings: a copy at {copy:.1f} TB/s, a product at {product} TFLOP/s."
+    return markdown(header, body) + f"\n\n{ceilings} {footnote(rows).lstrip()}"
+
+
 def version_rows() -> str:
     """Versions of the libraries that are supported."""
     rows = ([name, bounds.lowest, bounds.newest, bounds.refused] for name, bounds in SUPPORTED.items())
@@ -242,6 +284,10 @@ TABLES = {
     "step": lambda: step_table("step-cpu.csv"),
     "step-dora": lambda: step_table("step-dora-cpu.csv"),
     "step-gpu": lambda: step_table("step-cuda.csv"),
+    "step-gpu-liger": lambda: step_table("step-liger-cuda.csv"),
+    "step-gpu-stand-in": lambda: step_table("step-stand-in-cuda.csv"),
+    "profile-gpu": profile_table,
+    "kernels-gpu": kernels_table,
     "step-qlora": lambda: step_table("step-qlora-cpu.csv"),
     "versions": version_rows,
     "mapping": mapping_table,
