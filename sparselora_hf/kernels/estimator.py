@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .blocks import activate, multiply
 from .runtime import launch, numerics
-from .tiles import Tile
+from .tiles import Tile, cover
 
 __all__ = [
     "MAX_RANK",
@@ -137,15 +137,15 @@ def gated_norms_fwd_kernel(
 
 
 def _padded(rank: int) -> int:
-    return max(16, triton.next_power_of_2(rank))
+    return max(16, 1 << (rank - 1).bit_length())
 
 
 def _project(
     x: torch.Tensor, down: torch.Tensor, tile: Tile, rows: torch.Tensor | None = None, *, gram: bool
 ) -> torch.Tensor:
     """Blocks' Gram matrices ``[blocks, padded r, padded r]`` or projected tokens ``[T, r]``."""
-    (rank, hidden), tokens = down.shape, len(x if rows is None else rows)
-    blocks, padded = triton.cdiv(tokens, tile.m), _padded(rank)
+    (rank, hidden), tokens = down.shape, (x if rows is None else rows).shape[0]
+    blocks, padded = cover(tokens, tile.m), _padded(rank)
     shape = (blocks, padded, padded) if gram else (tokens, rank)
     out = torch.empty(shape, dtype=torch.float32, device=x.device)
     options = {**tile.options(down.element_size()), "BLOCK_N": padded}
@@ -187,7 +187,7 @@ def channel_norms(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, tile: T
     out = torch.empty(len(up), dtype=torch.float32, device=x.device)
     launch(
         gram_norms_fwd_kernel,
-        (triton.cdiv(len(up), norms_tile.n),),
+        (cover(len(up), norms_tile.n),),
         x,
         grams,
         up,
@@ -232,12 +232,12 @@ def gated_norms(
         float32 ``[N]``, never NaN: parts of the tokens whose norm would be count for nothing.
     """
     z = _project(x, down, tile, rows, gram=False)
-    (width, rank), tokens = gate.shape, len(z)
-    splits = min(_SPLITS, triton.cdiv(max(1, tokens), norms_tile.m))
+    (width, rank), tokens = gate.shape, z.shape[0]
+    splits = min(_SPLITS, cover(max(1, tokens), norms_tile.m))
     norms = torch.empty(splits, width, dtype=torch.float32, device=x.device)
     launch(
         gated_norms_fwd_kernel,
-        (triton.cdiv(width, norms_tile.n), splits),
+        (cover(width, norms_tile.n), splits),
         x,
         z,
         gate,
@@ -248,7 +248,7 @@ def gated_norms(
         tokens,
         width,
         rank,
-        triton.cdiv(tokens, splits),
+        cover(tokens, splits),
         gate.stride(0),
         up.stride(0),
         BIASED=gate_bias is not None,

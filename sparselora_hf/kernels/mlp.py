@@ -13,7 +13,7 @@ import triton.language as tl
 
 from .blocks import activate, activate_grad, multiply
 from .runtime import launch, numerics
-from .tiles import Tile
+from .tiles import Tile, cover
 
 __all__ = [
     "mlp_activation_bwd",
@@ -204,12 +204,12 @@ def mlp_in_fwd(
     Returns:
         ``[T, 2K]`` (``[T, K]`` without a gate) and ``[T, K]``.
     """
-    tokens, keep = len(x), len(index)
+    (tokens, depth), keep = x.shape, index.shape[0]
     wide = x.new_empty(tokens, keep if gate is None else 2 * keep)
     hidden = x.new_empty(tokens, keep)
     launch(
         mlp_in_fwd_kernel,
-        (triton.cdiv(tokens, tile.m), triton.cdiv(keep, tile.n)),
+        (cover(tokens, tile.m), cover(keep, tile.n)),
         x,
         x,
         up if gate is None else gate,
@@ -220,7 +220,7 @@ def mlp_in_fwd(
         wide,
         hidden,
         tokens,
-        x.shape[1],
+        depth,
         keep,
         x.stride(0),
         up.stride(0),
@@ -260,7 +260,7 @@ def mlp_activation_fwd(
     hidden = up.new_empty(tokens, width)
     launch(
         mlp_activation_fwd_kernel,
-        (triton.cdiv(tokens, tile.m), triton.cdiv(width, tile.n)),
+        (cover(tokens, tile.m), cover(width, tile.n)),
         up,
         up if gate is None else gate,
         up,
@@ -303,10 +303,10 @@ def mlp_activation_bwd(
         tile: block sizes.
         given_up: ``[T, r]``, taken off the gradient of the last r columns, or None.
     """
-    tokens, width = grad.shape
+    (tokens, width), keep = grad.shape, up.shape[1]
     launch(
         mlp_activation_bwd_kernel,
-        (triton.cdiv(tokens, tile.m), triton.cdiv(width, tile.n)),
+        (cover(tokens, tile.m), cover(width, tile.n)),
         grad,
         grad,
         up if gate is None else gate,
@@ -315,8 +315,8 @@ def mlp_activation_bwd(
         grad_up if grad_gate is None else grad_gate,
         grad_up,
         tokens,
-        up.shape[1],
-        width - up.shape[1],
+        keep,
+        width - keep,
         grad.stride(0),
         0 if gate is None else gate.stride(0),
         up.stride(0),

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .runtime import launch
-from .tiles import Tile
+from .tiles import Tile, cover
 
 __all__ = ["nf4_gather", "nf4_gather_kernel"]
 
@@ -75,7 +75,7 @@ def nf4_gather(
     out = torch.empty(len(index), length, dtype=dtype, device=packed.device)
     launch(
         nf4_gather_kernel,
-        (triton.cdiv(len(index), tile.m), triton.cdiv(length, tile.n)),
+        (cover(len(index), tile.m), cover(length, tile.n)),
         packed,
         packed,
         scales,

@@ -20,7 +20,7 @@ import triton.language as tl
 
 from .blocks import multiply
 from .runtime import launch, numerics
-from .tiles import Tile
+from .tiles import Tile, cover
 
 __all__ = ["gathered_product", "gathered_product_kernel"]
 
@@ -132,7 +132,7 @@ def gathered_product(
     strides = (weight.stride(0), weight.stride(1))
     launch(
         gathered_product_kernel,
-        (triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n),),
+        (cover(m, tile.m) * cover(n, tile.n),),
         x,
         x,
         weight,

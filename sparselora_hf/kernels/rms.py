@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .runtime import launch
-from .tiles import row_tile
+from .tiles import cover, row_tile
 
 __all__ = ["rms_norm_bwd", "rms_norm_bwd_kernel", "rms_norm_fwd", "rms_norm_fwd_kernel"]
 
@@ -88,7 +88,7 @@ def rms_norm_fwd(x: torch.Tensor, weight: torch.Tensor, offset: float, eps: floa
     y = x.new_empty(x.shape)
     launch(
         rms_norm_fwd_kernel,
-        (triton.cdiv(len(rows), tile.m),),
+        (cover(len(rows), tile.m),),
         x,
         rows,
         weight,
@@ -109,7 +109,7 @@ def rms_norm_bwd(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, offs
     grad_x = x.new_empty(x.shape)
     launch(
         rms_norm_bwd_kernel,
-        (triton.cdiv(len(rows), tile.m),),
+        (cover(len(rows), tile.m),),
         x,
         grad_rows,
         rows,

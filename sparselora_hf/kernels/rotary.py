@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .runtime import launch
-from .tiles import rotary_tile
+from .tiles import cover, rotary_tile
 
 __all__ = ["rotary", "rotary_kernel"]
 
@@ -134,4 +134,4 @@ def rotary(
 def _options(heads: int, heads_k: int, half: int) -> tuple[int, dict[str, Any]]:
     """Blocks of a token, and how they are launched."""
     tile = rotary_tile(heads, half)
-    return triton.cdiv(heads, tile.m) + triton.cdiv(heads_k, tile.m), tile.options()
+    return cover(heads, tile.m) + cover(heads_k, tile.m), tile.options()

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .runtime import launch
-from .tiles import Tile
+from .tiles import Tile, cover
 
 __all__ = ["gather_columns", "gather_columns_kernel", "gather_rows", "gather_rows_kernel"]
 
@@ -89,19 +89,19 @@ def gather_rows(
     Returns:
         ``[M K + r, H]``, contiguous.
     """
-    first, hidden = weights[0], weights[0].shape[1]
-    rest = 0 if tail is None else len(tail)
-    out = first.new_empty(len(weights) * len(index) + rest, hidden)
+    first, keep, rest = weights[0], index.shape[0], 0 if tail is None else tail.shape[0]
+    height, hidden = len(weights) * keep + rest, first.shape[1]
+    out = first.new_empty(height, hidden)
     launch(
         gather_rows_kernel,
-        (triton.cdiv(len(out), tile.m), triton.cdiv(hidden, tile.n)),
+        (cover(height, tile.m), cover(hidden, tile.n)),
         first,
         first,
         weights[-1],
         first if tail is None else tail,
         index,
         out,
-        len(index),
+        keep,
         rest,
         hidden,
         first.stride(0),
@@ -116,17 +116,18 @@ def gather_columns(
     weight: torch.Tensor, index: torch.Tensor, tile: Tile, tail: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Columns ``index`` ``[K]`` of a weight ``[H, N]`` as rows, and a tail ``[r, H]`` or None: ``[K + r, H]``."""
-    hidden, rest = weight.shape[0], 0 if tail is None else len(tail)
-    out = weight.new_empty(len(index) + rest, hidden)
+    hidden, keep, rest = weight.shape[0], index.shape[0], 0 if tail is None else tail.shape[0]
+    height = keep + rest
+    out = weight.new_empty(height, hidden)
     launch(
         gather_columns_kernel,
-        (triton.cdiv(len(out), tile.m), triton.cdiv(hidden, tile.n)),
+        (cover(height, tile.m), cover(hidden, tile.n)),
         weight,
         weight,
         weight if tail is None else tail,
         index,
         out,
-        len(index),
+        keep,
         rest,
         hidden,
         weight.stride(0),

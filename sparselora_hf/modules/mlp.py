@@ -88,7 +88,8 @@ class SparseMlp(LeanMlp):
         sparse = []
 
         def follow(module: nn.Module, inputs: tuple) -> None:
-            self._learn(few, inputs[0], rows)
+            with torch.no_grad():
+                self._learn(few, inputs[0], rows)
             sparse.append(self._sparse(whole, rows))
 
         view = view_of(self)
@@ -103,7 +104,6 @@ class SparseMlp(LeanMlp):
             follow(self, (hidden,))
         return sparse[0], dense
 
-    @torch.no_grad()
     def _learn(self, x: torch.Tensor, hidden: torch.Tensor, rows: Rows) -> None:
         """Choose the batch's channels by the activations ``[A, N]`` of its dense rows ``x`` ``[A, H]``."""
         link = link_of(self)
@@ -121,7 +121,8 @@ class SparseMlp(LeanMlp):
         """All rows ``[T, H]`` on the channels that suit the context rows best."""
         link = link_of(self)
         view, stand_in = view_of(self), link.state.calibration.stand_ins.get(link.layer)
-        index = self._selection(view, x, rows).narrow
+        with torch.no_grad():
+            index = self._selection(view, x, rows).narrow
         if any(has_branch(module) for module in view.modules.values()):
             y = self._with_branches(view, x, index, stand_in)
         else:
@@ -141,7 +142,6 @@ class SparseMlp(LeanMlp):
         y = gathered_columns(hidden - given_up, down.weight, index, down.bias) + output
         return kept_inputs(view.down.module, hidden, y, index)
 
-    @torch.no_grad()
     def _selection(self, view: MlpView, x: torch.Tensor, rows: Rows) -> ChannelSelection:
         link = link_of(self)
         batch, criterion = link.state.batch, link.state.criterion

@@ -59,9 +59,10 @@ def gated_norms(
     Returns:
         float32 ``[N]``, or None where no kernel does it and the activations are to be formed.
     """
-    way = choose("estimator", x, x.shape[1], len(down), kernels, None if rows is None else len(rows))
+    rank = down.shape[0]
+    way = choose("estimator", x, x.shape[1], rank, kernels, None if rows is None else rows.shape[0])
     one_bias = (biases[0] is None) != (biases[1] is None)
-    if not way or kind is None or one_bias or not _fits(len(down)):
+    if not way or kind is None or one_bias or not _fits(rank):
         return None
     from ..kernels.estimator import gated_norms as fused
 

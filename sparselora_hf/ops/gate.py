@@ -36,7 +36,7 @@ _FUNCTIONS = {
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
     """``[..., W]`` to ``[T, W]``, columns contiguous."""
-    x = x.reshape(-1, x.shape[-1])
+    x = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     return x if x.stride(1) == 1 else x.contiguous()
 
 
@@ -56,7 +56,8 @@ def activate(products: Sequence[torch.Tensor], kind: str, kernels: str | Choice)
         hidden = gate.new_empty(gate.shape)
         _FUNCTIONS[kind][0](gate, out=hidden)
         hidden *= up
-    return hidden.view(*products[0].shape[:-1], gate.shape[1]), way
+    shape = products[0].shape
+    return hidden if len(shape) == 2 else hidden.view(*shape[:-1], gate.shape[1]), way
 
 
 def activate_backward(
@@ -76,7 +77,9 @@ def activate_backward(
         grad_up *= grad
         torch.mul(grad, up, out=grad_gate)
         derive(grad_gate, gate, grad_input=grad_gate)
-    return [part.view(product.shape) for part, product in zip(grads, products, strict=True)]
+    return [
+        part if product.dim() == 2 else part.view(product.shape) for part, product in zip(grads, products, strict=True)
+    ]
 
 
 class _GatedActivation(torch.autograd.Function):

@@ -50,9 +50,8 @@ class _MixedIn(torch.autograd.Function):
         products = [F.linear(few, *linear) for linear in mlp.inputs]
         hidden, way = activate(products, mlp.kind, mlp.kernels)  # [A, N]
         index = select(flat, few, hidden)
-        kept = KeptChannels(
-            mlp.weights, index, mlp.stand_in, choose("mlp", flat, flat.shape[1], len(index), mlp.kernels)
-        )
+        kept_way = choose("mlp", flat, flat.shape[1], index.shape[0], mlp.kernels)
+        kept = KeptChannels(mlp.weights, index, mlp.stand_in, kept_way)
         wide, kept_hidden = kept.enter(flat)  # [T, 2K], [T, K + r]
         ctx.save_for_backward(*products, wide)
         ctx.kept = kept, way, mlp, rows, x.shape, x.dtype

@@ -142,25 +142,27 @@ class KeptChannels(NamedTuple):
             x = x if x.stride(1) == 1 else x.contiguous()
             tile, biases = tile_for("mlp_in", x, self.way.tile), (weights.gate_bias, weights.up_bias)
             return mlp_in_fwd(x, weights.gate, weights.up, index, weights.kind, tile, *biases)
-        inward = weights.inward * len(index)
+        inward = weights.inward * index.shape[0]
         wide = x @ weights.gather_in(index, stand_in, x.dtype, self.way).t()  # [T, M K + r]
         weights.add_biases(wide, index)
         if stand_in is not None:
             wide[:, inward:] -= stand_in.shift.to(x.dtype)
-        return wide[:, :inward].contiguous(), self._activate(wide)
+        hidden = self._activate(wide)
+        return wide if wide.shape[1] == inward else wide[:, :inward].contiguous(), hidden
 
     def _activate(self, wide: torch.Tensor) -> torch.Tensor:
         weights, index, stand_in = self.weights, self.index, self.stand_in
-        inward, given_up = weights.inward * len(index), None
+        keep, given_up = index.shape[0], None
+        inward = weights.inward * keep
         if stand_in is not None and stand_in.channels is not None:
             mean, channels = (stand_in.mean.index_select(0, index), stand_in.channels.index_select(1, index))
             given_up = torch.addmm(mean.to(wide.dtype), wide[:, inward:], channels.to(wide.dtype))
         if self.way and weights.kind:
             from ..kernels.mlp import mlp_activation_fwd
 
-            gate, up = weights.gate_and_up(wide, len(index))
-            return mlp_activation_fwd(gate, up, len(index), weights.kind, tile_for("activation", wide), given_up)
-        hidden = weights.channels(wide, len(index))  # [T, K]
+            gate, up = weights.gate_and_up(wide, keep)
+            return mlp_activation_fwd(gate, up, keep, weights.kind, tile_for("activation", wide), given_up)
+        hidden = weights.channels(wide, keep)  # [T, K]
         if given_up is not None:
             hidden -= given_up
         return hidden if stand_in is None else torch.cat([hidden, wide[:, inward:]], 1)  # [T, K + r]
@@ -171,13 +173,13 @@ class KeptChannels(NamedTuple):
         return grad_wide @ self.weights.gather_in(self.index, self.stand_in, grad.dtype, self.way)
 
     def _activate_backward(self, grad: torch.Tensor, wide: torch.Tensor) -> torch.Tensor:
-        weights, stand_in, keep, lost = self.weights, self.stand_in, len(self.index), None
+        weights, stand_in, keep, lost = self.weights, self.stand_in, self.index.shape[0], None
         if stand_in is not None and stand_in.channels is not None:
             lost = grad[:, :keep] @ stand_in.channels.index_select(1, self.index).to(grad.dtype).t()
         if self.way and weights.kind:
             from ..kernels.mlp import mlp_activation_bwd
 
-            grad_wide = grad.new_empty(len(grad), grad.shape[1] + wide.shape[1] - keep)
+            grad_wide = grad.new_empty(grad.shape[0], grad.shape[1] + wide.shape[1] - keep)
             (gate, up), (grad_gate, grad_up) = weights.gate_and_up(wide, keep), weights.gate_and_up(grad_wide, keep)
             tile = tile_for("activation", wide)
             mlp_activation_bwd(grad.contiguous(), gate, up, grad_gate, grad_up, weights.kind, tile, lost)
