@@ -206,7 +206,7 @@ def no_angle(q, k, cos, sin):
     return q, k
 
 
-@pytest.mark.parametrize("other", [backwards, no_angle, None])
+@pytest.mark.parametrize("other", [backwards, no_angle, None, max])
 def test_a_family_that_turns_otherwise_is_left_alone(other, monkeypatch):
     model = lora_model()
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", other)
@@ -297,10 +297,21 @@ def told(function):
     """A decorator as they are usually written."""
 
     @functools.wraps(function)
-    def wrapper(self, *args, **kwargs):
-        self.told = True
+    def wrapper(self, *args, told=True, **kwargs):
+        self.told = told
         return function(self, *args, **kwargs)
 
+    return wrapper
+
+
+def unfinished(function, later=None):
+    """One with a variable that has no value yet."""
+
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        return function(*args, **kwargs) if args else later
+
+    del wrapper.__closure__[wrapper.__code__.co_freevars.index("later")].cell_contents
     return wrapper
 
 
@@ -311,7 +322,8 @@ def twice(function):
 
 
 @pytest.mark.parametrize(
-    ("decorator", "lean"), [(told, True), (shouted, False), (twice, False), (functools.partialmethod, False)]
+    ("decorator", "lean"),
+    [(told, True), (unfinished, True), (shouted, False), (twice, False), (functools.partialmethod, False)],
 )
 def test_decorators_are_kept(decorator, lean, turned, batch):
     model = lora_model()
@@ -322,7 +334,7 @@ def test_decorators_are_kept(decorator, lean, turned, batch):
     with sparsify(model, LEAN):
         got, count = train(model, batch, turned)
     assert count == (3 if lean else 0)
-    assert all(hasattr(attention, "told") == lean for attention in attentions_of(model))
+    assert all(hasattr(attention, "told") == (decorator is told) for attention in attentions_of(model))
     assert_same(got, want, 1e-6)
 
 
@@ -346,6 +358,7 @@ UNFIT = {
     "angles that are trained": {"cos": lambda x: x.requires_grad_()},
     "angles of four dimensions": {"cos": lambda x: x[:, None, None], "sin": lambda x: x[:, None, None]},
     "angles of one token": {"cos": lambda x: x[:, :1], "sin": lambda x: x[:, :1]},
+    "sines for all sequences": {"sin": lambda x: x[:1]},
     "angles of two types": {"sin": lambda x: x.bfloat16()},
     "queries and keys of two types": {"q": lambda x: x.bfloat16()},
     "types not tried": {"q": lambda x: x.double(), "k": lambda x: x.double()},
@@ -374,7 +387,8 @@ def test_other_arguments_go_to_the_familys_own(changes, turned):
 def test_another_dimension_for_heads_goes_to_the_familys_own(turned):
     own = Counted()
     rotation = rotary._Rotation(own, frozenset({(torch.float32, torch.float32)}), "auto")
-    names = given(q=lambda x: x.transpose(1, 2), k=lambda x: x.transpose(1, 2))
+    names = given(q=lambda x: torch.cat([x, x[:, :1]], 1), k=lambda x: torch.cat([x, x, x[:, :1]], 1))
+    assert names["q"].shape[1:3] == names["k"].shape[1:3] == (5, 5)  # nothing else tells heads from tokens
     got, want = rotation(**names, unsqueeze_dim=2), apply_rotary_pos_emb(**names, unsqueeze_dim=2)
     assert all(torch.equal(*pair) for pair in zip(got, want, strict=True))
     assert (own.calls, len(turned)) == (1, 0)

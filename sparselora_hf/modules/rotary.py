@@ -72,21 +72,26 @@ class _Forward:
             return None
         scope = code.__globals__
         seen = {name: scope[name] for name in _names(code.__code__) & scope.keys()}
-        if not callable(seen.get(_NAME)) or "forward" in vars(seen[_NAME]):
+        if _NAME not in seen or _has_own_forward(seen[_NAME]):
             return None
         types = frozenset(pair for pair in _TYPES if _turns_halves(seen[_NAME], *pair))
         lean = _exchanged(own, _Rotation(seen[_NAME], types, kernels)) if types else None
         return lean and cls(own, lean, scope, seen)
 
     def serves(self, own: Callable) -> bool:
-        """Whether everything is as it was; a kernel of the hub is a `forward` put on the function."""
-        if own is not self.own or "forward" in self.seen[_NAME].__dict__:
+        """Whether everything is as it was."""
+        if own is not self.own or _has_own_forward(self.seen[_NAME]):
             return False
         scope = self.scope
         for name, value in self.seen.items():  # noqa: SIM110 (a generator takes several times as long)
             if scope.get(name) is not value:
                 return False
         return True
+
+
+def _has_own_forward(function: Callable) -> bool:
+    """Whether a function is a module whose `forward` others have exchanged, as kernels of the hub do."""
+    return "forward" in getattr(function, "__dict__", ())
 
 
 def _names(code: CodeType) -> set[str]:
@@ -121,13 +126,20 @@ def _exchanged(function: Callable, rotation: _Rotation) -> Callable | None:
         scope = {**scope, _NAME: rotation}
     else:
         lean = _exchanged(inner, rotation)
-        places = [place for place, cell in enumerate(cells or ()) if cell.cell_contents is inner]
+        places = [place for place, cell in enumerate(cells or ()) if _holds(cell, inner)]
         if lean is None or len(places) != 1:
             return None
         cells = (*cells[: places[0]], CellType(lean), *cells[places[0] + 1 :])
     made = FunctionType(function.__code__, scope, function.__name__, function.__defaults__, cells)
     made.__kwdefaults__ = function.__kwdefaults__
     return made
+
+
+def _holds(cell: CellType, value: object) -> bool:
+    try:
+        return cell.cell_contents is value
+    except ValueError:  # empty as yet
+        return False
 
 
 class _Link:
