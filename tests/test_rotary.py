@@ -359,6 +359,7 @@ UNFIT = {
     "angles of four dimensions": {"cos": lambda x: x[:, None, None], "sin": lambda x: x[:, None, None]},
     "angles of one token": {"cos": lambda x: x[:, :1], "sin": lambda x: x[:, :1]},
     "sines for all sequences": {"sin": lambda x: x[:1]},
+    "keys for all sequences": {"k": lambda x: x[:1]},
     "angles of two types": {"sin": lambda x: x.bfloat16()},
     "queries and keys of two types": {"q": lambda x: x.bfloat16()},
     "types not tried": {"q": lambda x: x.double(), "k": lambda x: x.double()},
