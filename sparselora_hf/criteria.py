@@ -252,14 +252,16 @@ class OutputCriterion(StaticCriterion):
             layer: number of the layer.
             x: input of its MLP, ``[T, H]``.
             hidden: activations of the same tokens, ``[T, N]``.
-            rows: those of them that are output tokens, ``[A]``.
+            rows: those of them that are output tokens, ``[A]``, ascending.
         """
         rows, stand_in = self._few(rows), self.calibration.stand_ins.get(layer)
-        seen = hidden.index_select(0, rows).float()
+        if len(rows) < len(hidden):
+            x, hidden = x.index_select(0, rows), hidden.index_select(0, rows)
         if stand_in is not None:
-            seen = seen - stand_in.predict(x.index_select(0, rows).to(stand_in.mean.dtype))
+            hidden = hidden - stand_in.predict(x.to(stand_in.mean.dtype))
+        seen = torch.linalg.vector_norm(hidden, dim=0, dtype=torch.promote_types(hidden.dtype, torch.float32))
         prior, weight = self.calibration.scores[layer, "mlp"], self.calibration.scores[layer, "weight"]
-        return (self.prior_tokens * prior.square() + (weight * seen.norm(dim=0)).square()).sqrt()
+        return torch.hypot(self.prior_tokens**0.5 * prior, weight * seen)
 
 
 class RandomCriterion(_Tokenless):

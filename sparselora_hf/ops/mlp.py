@@ -47,7 +47,8 @@ class StandIn:
 
     def predict(self, x: torch.Tensor) -> torch.Tensor:
         """Stand-in activations ``m + z Q``: ``[T, H]`` to ``[T, N]``."""
-        return self.mean + (x @ self.project.t() - self.shift) @ self.channels
+        z = torch.addmm(self.shift, x, self.project.t(), beta=-1)
+        return torch.addmm(self.mean, z, self.channels)
 
     def correction(self, x: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | float]:
         """Apart from `kept_mlp`: output ``z R + c`` ``[T, H]``, and what kept channels must give up, ``[T, K]``."""
@@ -104,9 +105,10 @@ class MlpWeights:
 
     def add_biases(self, wide: torch.Tensor, index: torch.Tensor) -> None:
         """Add the kept biases of gate and up to ``[T, M K + r]`` in place."""
-        for bias, first in ((self.gate_bias, 0), (self.up_bias, (self.inward - 1) * len(index))):
+        keep = index.shape[0]
+        for bias, first in ((self.gate_bias, 0), (self.up_bias, (self.inward - 1) * keep)):
             if bias is not None:
-                wide[:, first : first + len(index)] += bias.index_select(0, index).to(wide.dtype)
+                wide[:, first : first + keep].add_(bias.index_select(0, index))
 
     def gate_and_up(self, wide: torch.Tensor, keep: int) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Parts of the products ``[T, M K + r]``: ``[T, K]`` or None, and ``[T, K + r]``."""
@@ -146,7 +148,7 @@ class KeptChannels(NamedTuple):
         wide = x @ weights.gather_in(index, stand_in, x.dtype, self.way).t()  # [T, M K + r]
         weights.add_biases(wide, index)
         if stand_in is not None:
-            wide[:, inward:] -= stand_in.shift.to(x.dtype)
+            wide[:, inward:].sub_(stand_in.shift.to(x.dtype))
         hidden = self._activate(wide)
         return wide if wide.shape[1] == inward else wide[:, :inward].contiguous(), hidden
 
