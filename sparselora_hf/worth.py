@@ -16,7 +16,7 @@ __all__ = ["Worth", "attention_worth", "mlp_worth"]
 # an attention call 1.3 ms and 10 to 21 ns an element.
 # CUDA: not measured, reasoned at an H200's bf16 rate: memory passes at its ratio to the bandwidth, and in small
 # batches, where the device waits for the host, some 0.4 ms for the launches of an MLP call and 0.2 ms for attention's.
-_FIXED = {"cpu": {"mlp": 1.1e8, "attention": 2e8}, "cuda": {"mlp": 3e11, "attention": 1.5e11}}
+_FIXED = {"cpu": {"mlp": 1.1e8, "attention": 2e8}, "cuda": {"mlp": 3e11, "attention": 1.5e12}}
 _PER_ELEMENT = {"cpu": {"mlp": 1600.0, "attention": 3500.0}, "cuda": {"mlp": 1600.0, "attention": 7000.0}}
 
 

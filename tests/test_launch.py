@@ -50,6 +50,17 @@ def test_the_second_launch_goes_to_the_binary(kernel):
     [(grid, args)] = kernel.launched
     assert grid == (3, 1, 1)
     assert args[1:] == (None, 48, 64, True, 16)
+    x = torch.zeros(8)
+    for _ in range(2):
+        launch(kernel, (3,), x, x, x, 8, 8, SCALED=True, BLOCK=16)
+    assert kernel.launched[-1][1][:2] == (x.data_ptr(), x.data_ptr())
+
+
+def test_a_tensor_on_another_device_is_left_to_triton_to_refuse(kernel):
+    run(kernel)
+    launch(kernel, (3,), torch.zeros(64), torch.zeros(64, device="meta"), None, 32, 64, SCALED=True, BLOCK=16,
+           num_warps=4)  # fmt: skip
+    assert len(kernel.compiled) == 2
 
 
 @pytest.mark.parametrize(

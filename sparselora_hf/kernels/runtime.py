@@ -84,8 +84,21 @@ def launch(kernel: Any, grid: tuple[int, ...], tensor: torch.Tensor, *args: Any,
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], device: int | None, args: tuple, options: dict[str, Any]) -> None:
-    """Binaries that were made are launched directly: Triton's own way to find them takes several times as long."""
-    key = (id(kernel), device, *options.values(), *[_mark(arg) for arg in args])
+    """Binaries that were made are launched directly: Triton's own way to find them takes several times as long.
+
+    They are found by what Triton compiles a kernel anew for: types, alignment to 16 bytes, multiples of 16, 1, more
+    than 32 bits. They get addresses, for a tensor the driver would be asked whether it is on a GPU, each time.
+    """
+    key, values = [id(kernel), device, *options.values()], []
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            address = arg.data_ptr()
+            key.append((arg.dtype, arg.device, address & 15 == 0))
+            values.append(address)
+        else:
+            key.append(_class_of(arg) if type(arg) is int else type(arg))
+            values.append(arg)
+    key = tuple(key)
     found = _compiled.get(key)
     if found is None:
         binary = kernel[grid](*args, **options)
@@ -93,16 +106,13 @@ def _launch(kernel: Any, grid: tuple[int, ...], device: int | None, args: tuple,
             _compiled[key] = binary, tuple(options[name] for name in kernel.arg_names[len(args) :])
         return
     binary, constants = found
-    binary[grid + (1,) * (3 - len(grid))](*args, *constants)
+    binary[grid + (1,) * (3 - len(grid))](*values, *constants)
 
 
-def _mark(value: Any) -> Any:
-    """What Triton compiles a kernel anew for: types, alignment to 16 bytes, multiples of 16, 1, more than 32 bits."""
-    if isinstance(value, torch.Tensor):
-        return value.dtype, value.data_ptr() & 15 == 0
-    if type(value) is int:
-        return value & 15 == 0, value == 1, -(1 << 31) <= value < 1 << 31
-    return type(value)
+def _class_of(number: int) -> int:
+    if -(1 << 31) <= number < 1 << 31:
+        return 1 if number == 1 else 2 if number & 15 == 0 else 0
+    return 4 if number & 15 == 0 else 3
 
 
 @functools.cache
