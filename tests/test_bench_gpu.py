@@ -12,7 +12,7 @@ import torch
 from helpers import ROOT
 
 from sparselora_hf import SparseLoraConfig
-from sparselora_hf.kernels.choice import shape_key
+from sparselora_hf.kernels.choice import Choice, shape_key
 
 BENCH = ROOT / "recipes" / "bench"
 SCRIPTS = ("setup", "step", "attach", "kernel_times", "profile_step")
@@ -74,7 +74,7 @@ def test_every_line_of_the_gpu_run_is_understood(bench, gpu_sh, smoke):
         return
     assert all(args.device == "cuda" for _, args in calls)
     once = [names for key, names in subjects.items() if key[0] == "step-cuda.csv"]
-    assert once == [[["sft", "exact", "sparse"]]] + [[["sft", "sparse"]]] * 5
+    assert once == [[["sft", "exact", "sparse"]]] + [[["sft", "sparse"]]] * 6
     assert [names for key, names in subjects.items() if key[0] == "step-liger-cuda.csv"] == [
         [["sft_liger", "sparse_liger"]]
     ]
@@ -152,7 +152,7 @@ def test_peak_memory_of_a_gpu_is_that_of_the_turns(bench, monkeypatch, device, w
 
 
 def test_kernel_times_that_are_cut_short_are_kept(bench, tmp_path, monkeypatch):
-    times = iter([1.0] * 6)  # two ceilings, and two operations with a backward
+    times = iter([1.0] * 10)  # two ceilings, and two operations with a backward, two turns each
     monkeypatch.setattr(bench.kernel_times, "median_ms", lambda *_: next(times))
     with pytest.raises(RuntimeError, match="StopIteration"):
         bench.kernel_times.main(["--device", "cpu", "--tiny", "--dtype", "fp32", "--csv", str(tmp_path / "k.csv")])
@@ -174,6 +174,17 @@ def test_floor_of_what_memory_bounds_is_its_passes(bench, monkeypatch, operation
     floors = {row["direction"]: row["floor_ms"] for row in rows if row["operation"] == operation}
     assert floors == {"forward": forward, "backward": backward}
     assert times.fastest(rows)[shape_key(op, torch.float32, tiny.tokens, width, keep)] == ["torch", 0]
+
+
+def test_the_better_of_two_turns_counts(bench, monkeypatch):
+    """The ways take turns, so that a host that is held up for a while does not decide between them."""
+    times = bench.kernel_times
+    subject, order = next(times.subjects(times.TINY, "cpu", torch.float32)), []
+    monkeypatch.setattr(times, "ways_of", lambda _: [Choice("torch"), Choice("triton")])
+    monkeypatch.setattr(times, "_turn", lambda _, way, __: order.append(way.way) or [("forward", len(order))])
+    monkeypatch.setattr(times, "TURNS", 2)
+    assert [(way.way, ms) for way, _, ms in times.times_of(subject, "cpu")] == [("torch", 1), ("triton", 2)]
+    assert order == ["torch", "triton", "torch", "triton"]
 
 
 def test_every_kernel_has_its_group_in_the_profile(bench):
