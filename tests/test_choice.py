@@ -47,16 +47,16 @@ def test_a_cpu_goes_the_pytorch_way(op):
 @pytest.mark.parametrize(
     ("capability", "dtype", "ways"),
     [
-        ((9, 0), torch.bfloat16, {"rows": "triton", "columns": "triton", "mlp": "slices", "estimator": "triton"}),
+        ((9, 0), torch.bfloat16, {"rows": "torch", "columns": "torch", "mlp": "slices", "estimator": "triton"}),
         ((9, 0), torch.float32, {"rows": "torch", "columns": "torch", "mlp": "slices", "estimator": "torch"}),
         ((9, 0), torch.float32, {"norm": "triton", "rotary": "triton"}),
-        ((8, 6), torch.float16, {"rows": "triton", "mlp": "slices", "norm": "triton"}),
+        ((8, 6), torch.float16, {"rows": "torch", "mlp": "slices", "norm": "triton"}),
         ((7, 5), torch.float16, {"rows": "torch", "mlp": "slices", "nf4": "triton", "norm": "triton"}),
         ((7, 5), torch.float32, {"activation": "triton"}),
         ((7, 5), torch.bfloat16, dict.fromkeys(OPERATIONS, "torch")),
         ((7, 0), torch.float16, dict.fromkeys(OPERATIONS, "torch")),
         ((9, 0), torch.float64, dict.fromkeys(OPERATIONS, "torch")),
-        ((13, 0), torch.bfloat16, {"rows": "triton"}),
+        ((13, 0), torch.bfloat16, {"estimator": "triton"}),
     ],
     ids=str,
 )
@@ -77,22 +77,22 @@ def test_what_was_measured_wins_for_its_shape(gpu):
     gpu((9, 0))
     key = shape_key("rows", torch.bfloat16, 3000, 4096, 1024)
     assert key == "rows/bfloat16/4096x4096x1024"
-    path = write_table({"sm_90": {key: ["torch", 0]}, "sm_80": {key: ["triton", 1]}})
+    path = write_table({"sm_90": {key: ["triton", 1]}, "sm_80": {key: ["slices", 0]}})
     write_table({"sm_90": {"mlp/bfloat16/4096x4096x144": ["triton", 1]}})
     assert len(json.loads(path.read_text())["sm_90"]) == 2
-    assert choose("rows", OnGpu(tokens=3000), 4096, 1024) == Choice("torch", 0, measured=True)
-    assert choose("mlp", OnGpu(tokens=4096), 4096, 144) == Choice("triton", 1, measured=True)
-    assert choose("rows", OnGpu(tokens=3000), 4096, 512) == Choice("triton")
-    assert choose("rows", OnGpu(tokens=2), 4096, 1024, tokens=3000) == Choice("torch", 0, measured=True)
-    gpu((8, 0))
     assert choose("rows", OnGpu(tokens=3000), 4096, 1024) == Choice("triton", 1, measured=True)
+    assert choose("mlp", OnGpu(tokens=4096), 4096, 144) == Choice("triton", 1, measured=True)
+    assert choose("rows", OnGpu(tokens=3000), 4096, 512) == Choice("torch")
+    assert choose("rows", OnGpu(tokens=2), 4096, 1024, tokens=3000) == Choice("triton", 1, measured=True)
+    gpu((8, 0))
+    assert choose("rows", OnGpu(tokens=3000), 4096, 1024) == Choice("slices", 0, measured=True)
 
 
 def test_a_damaged_table_costs_no_run(gpu, tmp_path):
     gpu((9, 0))
     choice.machine_table().parent.mkdir(parents=True, exist_ok=True)
     choice.machine_table().write_text("{ half")
-    assert choose("rows", OnGpu(), 4096, 1024) == Choice("triton")
+    assert choose("norm", OnGpu(), 4096, 1024) == Choice("triton")
 
 
 def test_reasons_for_not_running(gpu, monkeypatch):
