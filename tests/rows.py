@@ -13,6 +13,7 @@ _BATCHING = "test_batching.py::test_exact_savings_leave_a_sparse_run_as_it_is[{}
 _PARITY = "test_batching.py::test_sparsity_0_gives_the_run_of_sft[{}]"
 _LAYOUT = "test_trainer.py::test_layout_changes_neither_loss_nor_gradient[sparse-exact on-{}]"
 _MACHINERY = "test_machinery.py::test_exact_savings_change_no_run[{}]"
+_AUTOCAST = "test_machinery.py::test_exact_savings_under_autocast_are_as_near_to_float32[{}]"
 _FAULTS = "test_faults.py::test_{}"
 _SEVERAL = "test_distributed.py::test_{}"
 
@@ -53,8 +54,8 @@ ROWS: dict[str, dict[str, tuple[str, ...]]] = {
     "machinery": {
         "gradient checkpointing": (_MACHINERY.format("checkpointing"),),
         "gradient checkpointing, reentrant": (_MACHINERY.format("checkpointing, reentrant"),),
-        "bf16 autocast": (_MACHINERY.format("bf16 autocast"),),
-        "fp16 autocast": (_MACHINERY.format("fp16 autocast"),),
+        "bf16 autocast": tuple(_AUTOCAST.format(settings) for settings in ("exact", "sparse")),
+        "fp16 autocast": (_MACHINERY.format("fp16, which a CPU leaves aside"),),
         "torch_compile": ("test_machinery.py::test_compiled_run_needs_a_bounded_number_of_graphs",),
         "activation offloading": ("test_machinery.py::test_offloaded_activations_give_the_same_run[plain]",),
         "evaluation with compute_metrics": ("test_machinery.py::test_evaluation_with_metrics_and_predict",),

@@ -112,8 +112,10 @@ def exactly(model, batch, config):
 @every_model
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_exact_savings_change_nothing(name, side):
-    """Last layer, logits, padding and frozen layers, at sparsity 0."""
+    """At sparsity 0. A router of experts carries roundings of float32 to the fourth digit of a gradient."""
     model, batch = zoo_lora(name, "all"), make_batch((12, 5), (3, 2), side=side)
+    if name.split(" ")[0] in EXPERTS:
+        model.double()
     want = run(model, batch)[1]
     assert_same(exactly(model, batch, SPARSE.replace(mlp_sparsity=0.0, attention_sparsity=0.0)), want, 1e-4)
 

@@ -49,8 +49,10 @@ def test_evaluation_is_exactly_dense(model, batch):
     assert torch.equal(logits(model.eval(), batch), want)
 
 
-def test_training_mode_without_gradients_is_dense(model, handle, batch):
+def test_training_mode_without_gradients_is_dense(model, batch):
+    """To the last bit, exact savings left out: in training mode they round in another order."""
     want = logits(model.eval(), batch)
+    handle = sparsify(model, SPARSE.replace(exact=False))
     handle.set_enabled(True)
     model.train()
     loss_and_gradients(model, batch)

@@ -43,7 +43,11 @@ def test_exact_savings_change_no_run(tmp_path, settings):
     assert max(metrics(saving, "sparselora/channel_sparsity")) > 0.5
 
 
-@pytest.mark.parametrize(("plain", "saving"), [(None, SparseLoraConfig()), (SPARSE.replace(exact=False), SPARSE)])
+@pytest.mark.parametrize(
+    ("plain", "saving"),
+    [(None, SparseLoraConfig()), (SPARSE.replace(exact=False), SPARSE)],
+    ids=["exact", "sparse"],
+)
 def test_exact_savings_under_autocast_are_as_near_to_float32(tmp_path, plain, saving):
     """Products in bf16 round in another order, so each run is held against its own in float32."""
     errors = []
