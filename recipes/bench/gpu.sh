@@ -28,7 +28,7 @@ if [ -n "${SPARSELORA_WHEELS:-}" ]; then
 fi
 # what is missing is said now, not by every step
 "$python" -c "import pytest, rich, trl, sparselora_hf.trainer" || exit 1
-parallel=$("$python" -c "import xdist; print('-n 8')" 2>/dev/null || true)  # kernels compile on the CPU
+parallel=$("$python" -c "import xdist; print('-n auto')" 2>/dev/null || true)  # kernels compile on the CPU
 
 # run NAME SECONDS COMMAND...: within its limit and what is left of the budget, its last lines shown
 run() {
@@ -46,12 +46,14 @@ if [ -n "${SPARSELORA_BENCH_SMOKE:-}" ]; then
   times="--tiny --dtype fp32" attach="--model llama-3-8b --layers 1 --hidden 128"
   sparse='{mlp_sparsity: 0.9, attention_sparsity: 0.5, dense_if_slower: false}'
   protocol() { shape=(--sequence 32 --output 8 --batch 1 --sparse "$sparse"); }
+  whole=$sparse
   all='{mlp_sparsity: 0.9, criterion: static, compensation: low_rank, compensation_rank: 4, dense_if_slower: false}'
 else
   device=cuda large="--model llama-3-8b" small="--model llama-3.2-1b"
   turns="--rounds 3 --steps 3" liger="sft_liger sparse_liger" parity="tests/kernel_parity"
   times="--shapes math --write-table" attach="--model llama-3-8b"
   protocol() { shape=(--protocol "$1" --batch "$2"); }
+  whole='{preset: llama-3-8b-math, dense_if_slower: false}'
   all='{mlp_sparsity: 0.99, attention_sparsity: 0.75, criterion: static, compensation: low_rank, compensation_rank: 256, calibration_tokens: 512}'
 fi
 bench() { # bench NAME SECONDS SCRIPT ARGUMENTS...
@@ -68,7 +70,8 @@ add() { # add PROTOCOL BATCH ARGUMENTS...: one more measurement of the step benc
 # the kernels are right on this device, and what each way of an operation takes; the fastest ways are used from here on
 run parity 90 $interpret "$python" -m pytest -q --tb=short --maxfail=20 -p no:cacheprovider $parallel $parity
 bench kernels 60 kernel_times --csv "$out/kernels-$device.csv" $times
-# the four protocols against untouched SFTTrainer; a stand-in in every layer, whatever quality it has; small batches
+# the four protocols against untouched SFTTrainer; a stand-in in every layer, whatever quality it has; other batches;
+# the paper's schedule in whole, with what would not pay
 two="--variants sft sparse"
 add math 8
 add math 16 $two
@@ -77,7 +80,8 @@ add code 6 $two
 add wizard 2 $two
 add csr 8 $two --sparse "$all" --csv "$out/step-stand-in-$device.csv"
 add math 1 $two
-bench step 210 step --variants sft exact sparse $large $turns --csv "$out/step-$device.csv" "${steps[@]}"
+add math 8 $two --sparse "$whole" --csv "$out/step-whole-$device.csv"
+bench step 200 step --variants sft exact sparse $large $turns --csv "$out/step-$device.csv" "${steps[@]}"
 # where its time goes, and how often the sparse step launches and waits
 protocol math 8
 bench profile 50 profile_step --csv "$out/profile-$device.csv" $two $large "${shape[@]}"

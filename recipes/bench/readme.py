@@ -286,6 +286,7 @@ TABLES = {
     "step-gpu": lambda: step_table("step-cuda.csv"),
     "step-gpu-liger": lambda: step_table("step-liger-cuda.csv"),
     "step-gpu-stand-in": lambda: step_table("step-stand-in-cuda.csv"),
+    "step-gpu-whole": lambda: step_table("step-whole-cuda.csv"),
     "profile-gpu": profile_table,
     "kernels-gpu": kernels_table,
     "step-qlora": lambda: step_table("step-qlora-cpu.csv"),
