@@ -151,6 +151,28 @@ def test_peak_memory_of_a_gpu_is_that_of_the_turns(bench, monkeypatch, device, w
     assert [len(timer.steps) for timer in timers.values()] == [6, 6]
 
 
+@pytest.mark.parametrize(
+    ("sparse", "dropped"), [("{mlp_sparsity: 0.9, criterion: svd}", 1), ("{mlp_sparsity: 0.9, criterion: static}", 2)]
+)
+def test_steps_that_warm_up_or_fit_are_not_counted(bench, monkeypatch, sparse, dropped):
+    lengths = []
+
+    class Counted(Turns):
+        def train(self):
+            lengths.append(self.steps)
+            self.timer.steps += range(self.steps)
+            self.timer.forward += range(self.steps)
+
+    monkeypatch.setattr(bench.step, "make_model", lambda _: SimpleNamespace(config=None))
+    monkeypatch.setattr(bench.step.ModelShape, "from_config", lambda _: None)
+    monkeypatch.setattr(bench.step, "make_trainer", Counted)
+    turns = ["--variants", "sft", "--rounds", "2", "--steps", "3"]
+    args = bench.step.parse(["--device", "cpu", *turns, "--sparse", sparse])
+    timers, *_ = bench.step.measure(args)
+    assert timers["sft"].steps == timers["sft"].forward == [dropped, dropped + 1, dropped + 2] * 2
+    assert lengths == [3 + dropped] * 2
+
+
 def test_kernel_times_that_are_cut_short_are_kept(bench, tmp_path, monkeypatch):
     times = iter([1.0] * 10)  # two ceilings, and two operations with a backward, two turns each
     monkeypatch.setattr(bench.kernel_times, "median_ms", lambda *_: next(times))

@@ -3,11 +3,12 @@
     python recipes/bench/step.py --device cpu --model tiny-229m --protocol math
     python recipes/bench/step.py --model llama-3-8b --protocol math --then --protocol csr    # several in one process
 
-The variants take turns: in every round each trains a few steps with its own trainer over the same frozen weights, the
-first step of a turn is not counted, and medians are taken over all rounds. Timed is the whole optimizer step, by the
-wall clock and by the process's own clock. Peak memory is on a GPU what the allocator held in a variant's turns (of the
-others their adapters and optimizer states), on a CPU that of a process of its own per variant. The bound is the ratio
-of FLOPs that the cost model gives, attention, LoRA and head included.
+The variants take turns: in every round each trains a few steps with its own trainer over the same frozen weights, and
+medians are taken over all rounds. The first step of a turn is not counted, nor is the second where something is fitted
+to the first. Timed is the whole optimizer step, by the wall clock and by the process's own clock. Peak memory is on a
+GPU what the allocator held in a variant's turns (of the others their adapters and optimizer states), on a CPU that of
+a process of its own per variant. The bound is the ratio of FLOPs that the cost model gives, attention, LoRA and head
+included.
 """
 
 import argparse
@@ -171,11 +172,11 @@ def make_trainer(args: argparse.Namespace, variant: str, model, steps: int, call
 
 def measure(args: argparse.Namespace) -> tuple[dict[str, PhaseTimer], ModelShape, dict[str, object], dict[str, int]]:
     """Take turns; returns the timers, the model's shape, the trainers, and on a GPU the peak bytes of their turns."""
-    model = make_model(args)
-    timers, trainers, peaks = {}, {}, {}
+    model, timers, trainers, peaks = make_model(args), {}, {}, {}
+    first = 1 + sparse_settings(args).needs_statistics  # steps of a turn that warm up, and fit what dense steps gave
     for variant in args.variants:
         timers[variant] = PhaseTimer()
-        trainers[variant] = make_trainer(args, variant, model, args.steps + 1, (timers[variant],))
+        trainers[variant] = make_trainer(args, variant, model, args.steps + first, (timers[variant],))
         timers[variant].watch(trainers[variant])
     for _ in range(args.rounds):
         for variant, trainer in trainers.items():
@@ -185,7 +186,7 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, PhaseTimer], ModelShape
             trainer.train()
             if args.device == "cuda":
                 peaks[variant] = max(peak_memory(), peaks.get(variant, 0))
-            del timers[variant].steps[done], timers[variant].forward[done]  # the first step of a turn warms up
+            del timers[variant].steps[done : done + first], timers[variant].forward[done : done + first]
     return timers, ModelShape.from_config(model.config), trainers, peaks
 
 
