@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -253,6 +254,32 @@ def test_smoke_recipe_trains_and_saves_an_adapter(capsys, tmp_path, kind):
     assert main(smoke(tmp_path, *(["--dense"] if kind == "dense" else []))) == 0
     assert f"{kind}: 3 steps in" in capsys.readouterr().out
     assert (tmp_path / "adapter_model.safetensors").is_file()
+
+
+@needs_data
+@pytest.mark.usefixtures("one_thread")
+def test_a_run_goes_on_from_its_newest_checkpoint(capsys, tmp_path):
+    pytest.importorskip("sparselora_hf.trainer")
+    flags = ["--save_strategy", "steps", "--save_steps", "2", "--logging_steps", "1"]
+    assert main(smoke(tmp_path, *flags)) == 0
+    shutil.rmtree(tmp_path / "checkpoint-3", ignore_errors=True)
+    capsys.readouterr()
+    assert main(smoke(tmp_path, *flags, "--max_steps", "4", "--resume_from_checkpoint", "true")) == 0
+    assert "sparse: 4 steps in" in capsys.readouterr().out
+    states = (tmp_path / f"checkpoint-{step}" / "trainer_state.json" for step in (2, 4))
+    logs = [json.loads(state.read_text(encoding="utf-8"))["log_history"] for state in states]
+    earlier, losses = ([log["loss"] for log in part if "loss" in log] for part in logs)
+    assert (len(earlier), len(losses)) == (2, 4)
+    assert losses[:2] == earlier
+
+
+@pytest.mark.parametrize(
+    ("given", "want"), [("true", True), ("True", True), ("false", None), (None, None), ("folder", "folder")]
+)
+def test_where_a_run_goes_on_from(given, want):
+    from sparselora_hf.cli.sft import _resumed
+
+    assert _resumed(given) is want
 
 
 @needs_data

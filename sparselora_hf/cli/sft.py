@@ -189,13 +189,18 @@ def prepare(argv: Sequence[str]) -> Recipe:
     return recipe
 
 
+def _resumed(given: str | None) -> str | bool | None:
+    """Where to go on from: a flag gives text, in which ``true`` is the newest checkpoint and ``false`` none."""
+    return {"true": True, "false": None}.get(str(given).lower(), given)
+
+
 def _train(recipe: Recipe) -> bool:
     """Train, save and report; returns whether this is the process that reports."""
     from rich.console import Console
 
     trainer = make_trainer(recipe, trainer_keywords(recipe))
     start = time.perf_counter()
-    result = trainer.train(resume_from_checkpoint=recipe.training.resume_from_checkpoint)
+    result = trainer.train(resume_from_checkpoint=_resumed(recipe.training.resume_from_checkpoint))
     seconds = time.perf_counter() - start
     trainer.save_model(recipe.training.output_dir)
     if recipe.training.push_to_hub:
