@@ -1,8 +1,7 @@
 """Rotary position embedding of queries and keys as one function, its backward pass written out.
 
 Half-split: dimension d turns with d + D/2. Forward and backward give what the families' chain of operators gives, bit
-for bit: ``x · cos`` and ``rotate_half(x) · sin`` are rounded before they are added. (In float32 a kernel may leave out
-the rounding of one product.)
+for bit: ``x · cos`` and ``rotate_half(x) · sin`` are rounded before they are added.
 """
 
 import torch
