@@ -128,21 +128,13 @@ class SvdCriterion(Criterion):
         self._joined: dict[int, tuple[LowRank, LowRank, torch.Tensor]] = {}
 
     def mlp_of_context(
-        self,
-        layer: int,
-        view: MlpView,
-        x: torch.Tensor,
-        rows: torch.Tensor,
-        step: int,
-        *,
-        sequence: torch.Tensor,
-        groups: int | None = None,
+        self, layer: int, view: MlpView, x: torch.Tensor, rows: torch.Tensor, step: int, **plan
     ) -> torch.Tensor:
         """The same, by a kernel that reads the rows where they are."""
         fused = self._fused(layer, view, x, self._few(rows))
         if fused is not None:
             return fused
-        return super().mlp_of_context(layer, view, x, rows, step, sequence=sequence, groups=groups)
+        return super().mlp_of_context(layer, view, x, rows, step, **plan)
 
     def mlp(self, layer: int, view: MlpView, x: torch.Tensor, step: int) -> torch.Tensor:
         """Scores of MLP channels from the factors of its inputs, ``[N]``."""

@@ -14,10 +14,10 @@ __all__ = ["Worth", "attention_worth", "mlp_worth"]
 # Dense FLOPs that one call, and one element [row, hidden] of a part, could have done in the time of the overhead.
 # CPU: measured on one core in float32 at 150 GFLOP/s, widths 128 to 1024: an MLP call 0.7 ms and 11 ns an element,
 # an attention call 1.3 ms and 10 to 21 ns an element.
-# CUDA: measured on an H200 in bf16 at 700 TFLOP/s, Llama-3-8B's layers over 4096 tokens, 3072 of them context. The
-# host spends 1.1 ms more on an MLP call and some 2 ms on attention's, which is what the device waits for in small
-# batches. On the device an MLP call takes 0.3 ms beside what it saves; attention at sparsity 0.75 takes 1.1 ms where
-# its products save 0.55.
+# CUDA: measured on an H200 in bf16 at 700 TFLOP/s, Llama-3-8B's layers over 4096 tokens, 3072 of them context. In a
+# trace the host spent 1.1 ms more on an MLP call and some 2 ms on attention's, which is what the device waits for in
+# small batches; launches have become cheaper since, so this errs towards dense. On the device an MLP call takes 0.3 ms
+# beside what it saves; attention at sparsity 0.75 takes 1.1 ms where its products save 0.55.
 _FIXED = {"cpu": {"mlp": 1.1e8, "attention": 2e8}, "cuda": {"mlp": 8e11, "attention": 1.5e12}}
 _PER_ELEMENT = {"cpu": {"mlp": 1600.0, "attention": 3500.0}, "cuda": {"mlp": 1.3e4, "attention": 4.7e4}}
 

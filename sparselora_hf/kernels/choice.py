@@ -41,10 +41,10 @@ class Choice:
 
 # Reasons from an H200 (`recipes/bench/results/kernels-cuda.csv`), by class of chip where they differ. Attention: of
 # 4096 x 4096 projections with a quarter of the channels kept for 3072 tokens, a gathered product that reads tokens and
-# channels where they lie takes 0.14 to 0.7 ms, copies and cuBLAS 0.13 to 0.17. MLP: with 1 channel in 100 kept both
+# channels where they lie takes 0.14 to 1.1 ms, copies and cuBLAS 0.13 to 0.17. MLP: with 1 channel in 100 kept both
 # products are narrow, which cuBLAS splits along the depth and a plain tile does not. Estimator: ten launches become
 # two. Norm: 0.24 and 0.44 ms become 0.02 and 0.12. Activation: 0.33 and 0.68 become 0.10 and 0.16. Rotary: 0.20 and
-# 0.38 become 0.04 and 0.12.
+# 0.35 become 0.03 and 0.16.
 _HALF = {
     "rows": "torch",
     "columns": "torch",

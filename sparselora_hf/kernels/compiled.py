@@ -31,16 +31,8 @@ _TYPES = {
     "scale_ptr": "*fp32",
     "eps": "fp32",
 }
-_UNEVEN = (
-    "M",
-    "T",
-    "R",
-    "HQ",
-    "HK",
-    "BLOCKS",
-    "SPLIT",
-    "eps",
-)  # numbers that promise nothing; others are multiples of 16
+# numbers that promise nothing; others are multiples of 16
+_UNEVEN = ("M", "T", "R", "HQ", "HK", "BLOCKS", "SPLIT", "eps")
 
 
 @dataclasses.dataclass(frozen=True)

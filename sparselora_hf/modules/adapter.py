@@ -46,10 +46,9 @@ class _Shared:
         together = {layer: linear}
         for other in self.layers:
             if other is not layer and _is_unwatched(other):
-                branch, other_type = _plain_branch(other), None
-                if branch is not None and branch.a.dtype == linear.branch.a.dtype:
-                    other_type = product_type(x, branch.a, branch.b)
-                if other_type == dtype and is_bare(other._modules["base_layer"], dtype):
+                branch, other_type = _branch_and_type(other, x)
+                alike = other_type == dtype and branch.a.dtype == linear.branch.a.dtype
+                if alike and is_bare(other._modules["base_layer"], dtype):
                     together[other] = _frozen(other, x, branch, dtype)
         y, *results = projections(x, list(together.values()), dtype)
         self._results = dict(zip(list(together)[1:], results, strict=True))
@@ -73,8 +72,7 @@ class _LeanLora(Patched):
         y = None if shared is None else shared.take(self, x)
         if y is not None:
             return y
-        branch = _plain_branch(self)
-        dtype = None if branch is None else product_type(x, branch.a, branch.b)
+        branch, dtype = _branch_and_type(self, x)
         if dtype is None:
             return self.dense_forward(x)
         base = self._modules["base_layer"]
@@ -87,6 +85,12 @@ class _LeanLora(Patched):
             wide = nn.functional.linear(hidden, branch.b.to(dtype)) * branch.scaling
             return (y + wide.view(y.shape)).to(y.dtype)
         return add_branch(y, hidden, branch.b, branch.scaling)
+
+
+def _branch_and_type(layer: nn.Module, x: torch.Tensor) -> tuple[Branch | None, torch.dtype | None]:
+    """A layer's only adapter, and the type of its products with ``x``; no type where PEFT's own forward is to run."""
+    branch = _plain_branch(layer)
+    return branch, None if branch is None else product_type(x, branch.a, branch.b)
 
 
 def _frozen(layer: nn.Module, x: torch.Tensor, branch: Branch, dtype: torch.dtype) -> Frozen:

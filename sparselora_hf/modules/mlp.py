@@ -9,7 +9,7 @@ from ..channels import ChannelSelection, top_channels
 from ..ops.activations import activation_kind
 from ..ops.linear import gathered_columns, gathered_rows
 from ..ops.mixed_mlp import FrozenMlp, mixed_mlp
-from ..ops.mlp import MlpWeights, StandIn, kept_mlp
+from ..ops.mlp import StandIn, kept_mlp
 from ..ops.quant import frozen_weight
 from ..ops.rows import fork_rows, join_rows, overlay_rows
 from ..state import Rows
@@ -63,12 +63,7 @@ class SparseMlp(LeanMlp):
             return None
         stand_in = link.state.calibration.stand_ins.get(link.layer)
         linears = [(linear.weight, linear.bias) for linear in inputs]
-        if len(linears) == 2:
-            (gate, gate_bias), (up, up_bias) = linears
-            weights = MlpWeights(gate, up, down.weight, view.activation, gate_bias, up_bias, down.bias)
-        else:
-            weights = view.weights()
-        return FrozenMlp(linears, weights, kind, dtype, stand_in, link.state.config.kernels)
+        return FrozenMlp(linears, view.weights(), kind, dtype, stand_in, link.state.config.kernels)
 
     def _select(self, rows: Rows, x: torch.Tensor, few: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """Channels of the batch, from all rows, the dense ones of them and what those activate."""
