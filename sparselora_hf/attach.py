@@ -38,6 +38,7 @@ from .modules.norm import CompactHook
 from .modules.recall import RecallHooks
 from .modules.rms import lean_norms
 from .modules.rotary import lean_attentions
+from .modules.walks import QuickWalks
 from .parts import Part, attention_part, decide, mlp_part
 from .placement import check_weights
 from .selfcheck import difference
@@ -138,7 +139,7 @@ def attach(
     shape = ModelShape.from_config(causal_model(model).config, family)
     handle = SparseLoraHandle(model, SparseState(config, criterion, calibration, Meter(shape)), family)
     try:
-        handle._hooks.append(TrainingLayout(model))
+        handle._hooks += [TrainingLayout(model), QuickWalks(model)]
         attentions = [layer.attention for layer in layers]
         handle._hooks += MaskHook(handle.state).register(language_decoder(model))
         handle._hooks += RecallHooks(handle.state).register(language_decoder(model), attentions)
