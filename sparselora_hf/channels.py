@@ -74,10 +74,14 @@ class Share:
 
 @dataclasses.dataclass(frozen=True)
 class ChannelSelection:
-    """One kept set: ``narrow`` are its channels at kv (or MLP) width, ``wide`` at query width; both int64."""
+    """One kept set: ``narrow`` are its channels at kv (or MLP) width, ``wide`` at query width; both int64.
+
+    ``slices`` is for what is gathered of the weights for it.
+    """
 
     narrow: torch.Tensor
     wide: torch.Tensor
+    slices: dict = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, index: torch.Tensor, layout: HeadLayout | None = None) -> "ChannelSelection":

@@ -10,7 +10,7 @@ import torch
 from transformers.utils import logging
 
 from .calibration import Calibration
-from .channels import ChannelSelection
+from .channels import ChannelSelection, HeadLayout, top_channels
 from .config import SparseLoraConfig
 from .criteria import Criterion
 from .distributed import rank_and_world
@@ -133,6 +133,7 @@ class SparseState:
         self.compact = False  # the decoder's final norm passes loss rows on and no others
         self.step = 0
         self.meter = meter
+        self._fixed: dict[tuple[int, str], tuple[torch.Tensor, ChannelSelection]] = {}  # scores, and their channels
         self._warned = False
 
     def begin(self, plan: TokenPlan, device: torch.device, *, loss_only: bool = False) -> ActiveBatch:
@@ -173,6 +174,24 @@ class SparseState:
             "for plain language modelling SparseLoRA offers its exact savings alone."
         )
 
+    def select(self, layer: int, kind: str, scores: torch.Tensor, keep: int, layout: HeadLayout | None = None) -> None:
+        """Choose the channels of highest score for the batch in hand.
+
+        The same scores, which criteria with fixed sets give every time, have the selection that they had before.
+
+        Args:
+            layer: number of the layer.
+            kind: the set, as in `ActiveBatch.selections`.
+            scores: one per channel, of kv width in attention.
+            keep: how many are kept.
+            layout: heads of an attention.
+        """
+        known = self._fixed.get((layer, kind))
+        if known is None or known[0] is not scores:
+            known = scores, ChannelSelection.of(top_channels(scores, keep), layout)
+            self._fixed[layer, kind] = known
+        self.batch.selections[layer, kind] = known[1]
+
     def end(self) -> None:
         """Forget the batch: the model is dense until the next `begin`."""
         self.batch = None
@@ -181,6 +200,7 @@ class SparseState:
         """Forget the batch and switch sparsity off, whatever went before: the model is plain until told otherwise."""
         self.end()
         self.set_aside.clear()
+        self._fixed.clear()
         self.enabled = self.pinned = self.compact = False
 
 

@@ -75,7 +75,7 @@ def test_against_the_definition(rows, biased, joined, kind):
     x, index = randn(2, 3, HIDDEN, seed=20).requires_grad_(), torch.tensor([9, 2, 12, 5])
 
     def op(x):
-        return mixed_mlp(x, mlp, rows, lambda *_: index)
+        return mixed_mlp(x, mlp, rows, lambda *_: (index, None))
 
     got, want = op(x), by_hand(x, mlp, rows, index)
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
@@ -94,7 +94,7 @@ def test_channels_are_chosen_from_what_the_rows_are():
     def select(*tensors):
         assert not torch.is_grad_enabled()
         seen.extend(tensors)
-        return torch.arange(KEEP)
+        return torch.arange(KEEP), None
 
     mixed_mlp(x, mlp, rows, select)
     flat = x.detach().view(-1, HIDDEN)
@@ -105,7 +105,7 @@ def test_channels_are_chosen_from_what_the_rows_are():
 
 def test_the_result_can_be_written_on():
     mlp, x = make(), randn(2, 3, HIDDEN, seed=20).requires_grad_()
-    y = mixed_mlp(x, mlp, torch.tensor([1]), lambda *_: torch.arange(KEEP))
+    y = mixed_mlp(x, mlp, torch.tensor([1]), lambda *_: (torch.arange(KEEP), None))
     y += 1
     y.sum().backward()
     assert x.grad is not None
@@ -113,7 +113,7 @@ def test_the_result_can_be_written_on():
 
 def test_kept_for_backward_are_the_products():
     mlp, x, rows = make(), randn(2, 20, HIDDEN, seed=20).requires_grad_(), torch.arange(5)
-    kept = kept_for_backward(lambda: mixed_mlp(x, mlp, rows, lambda *_: torch.arange(KEEP)))
+    kept = kept_for_backward(lambda: mixed_mlp(x, mlp, rows, lambda *_: (torch.arange(KEEP), None)))
     floating = {tuple(t.shape) for t in kept if t.is_floating_point()}
     weights = {(WIDTH, HIDDEN)}  # the model's own
     assert floating - weights == {(5, WIDTH), (40, 2 * KEEP)}
@@ -125,7 +125,7 @@ def test_recomputation_stops_before_the_last_products(monkeypatch):
     monkeypatch.setattr(MlpWeights, "gather_out", lambda *a: left.append(1) or gather_out(*a))
 
     def run(x):
-        return mixed_mlp(x, mlp, torch.tensor([1]), lambda *_: torch.arange(KEEP))
+        return mixed_mlp(x, mlp, torch.tensor([1]), lambda *_: (torch.arange(KEEP), None))
 
     checkpoint(run, x, use_reentrant=False).sum().backward()
     assert len(left) == 2  # forward and backward

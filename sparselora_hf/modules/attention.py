@@ -18,7 +18,7 @@ the values, so there is none.
 import torch
 from torch import nn
 
-from ..channels import ChannelSelection, top_channels
+from ..channels import ChannelSelection
 from ..state import LayerLink
 from ..views import AttentionView
 
@@ -55,8 +55,7 @@ class AttentionHook:
         x = criterion.sample(x, rows, batch.plan.sequence, batch.plan.groups)
         score = {"qk": criterion.qk, "vo": criterion.vo}
         for kind in self.kinds:
-            index = top_channels(score[kind](link.layer, view, x, batch.step), link.keep)
-            batch.selections[link.layer, kind] = ChannelSelection.of(index, view.layout)
+            link.state.select(link.layer, kind, score[kind](link.layer, view, x, batch.step), link.keep, view.layout)
         if "qkv" in view.modules:
             sets = {kind: batch.selections[link.layer, kind] for kind in self.kinds}
             batch.selections[link.layer, "qkv"] = ChannelSelection.of(view.fused_rows(sets, x.device))

@@ -5,11 +5,11 @@ import functools
 import torch
 from torch import nn
 
-from ..channels import ChannelSelection, top_channels
+from ..channels import ChannelSelection
 from ..ops.activations import activation_kind
 from ..ops.linear import gathered_columns, gathered_rows
 from ..ops.mixed_mlp import FrozenMlp, mixed_mlp
-from ..ops.mlp import StandIn, kept_mlp
+from ..ops.mlp import Slices, StandIn, kept_mlp
 from ..ops.quant import frozen_weight
 from ..ops.rows import fork_rows, join_rows, overlay_rows
 from ..state import Rows
@@ -65,11 +65,14 @@ class SparseMlp(LeanMlp):
         linears = [(linear.weight, linear.bias) for linear in inputs]
         return FrozenMlp(linears, view.weights(), kind, dtype, stand_in, link.state.config.kernels)
 
-    def _select(self, rows: Rows, x: torch.Tensor, few: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        """Channels of the batch, from all rows, the dense ones of them and what those activate."""
+    def _select(
+        self, rows: Rows, x: torch.Tensor, few: torch.Tensor, hidden: torch.Tensor
+    ) -> tuple[torch.Tensor, Slices]:
+        """Channels of the batch and their slices, from all rows, the dense ones of them and what those activate."""
         if link_of(self).state.criterion.reads_output:
             self._learn(few, hidden, rows)
-        return self._selection(view_of(self), x, rows).narrow
+        selection = self._selection(view_of(self), x, rows)
+        return selection.narrow, selection.slices
 
     def _branches_are_plain(self) -> bool:
         return all(is_plain_lora(module) for module in view_of(self).modules.values())
@@ -109,19 +112,19 @@ class SparseMlp(LeanMlp):
 
     def _choose(self, scores: torch.Tensor) -> None:
         link = link_of(self)
-        index = top_channels(scores, link.keep)
-        link.state.batch.selections[link.layer, "mlp"] = ChannelSelection.of(index)
+        link.state.select(link.layer, "mlp", scores, link.keep)
 
     def _sparse(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
         """All rows ``[T, H]`` on the channels that suit the context rows best."""
         link = link_of(self)
         view, stand_in = view_of(self), link.state.calibration.stand_ins.get(link.layer)
         with torch.no_grad():
-            index = self._selection(view, x, rows).narrow
+            selection = self._selection(view, x, rows)
         if any(has_branch(module) for module in view.modules.values()):
-            y = self._with_branches(view, x, index, stand_in)
+            y = self._with_branches(view, x, selection.narrow, stand_in)
         else:
-            y = kept_mlp(x, view.weights(), index, stand_in, link.state.config.kernels)
+            kernels = link.state.config.kernels
+            y = kept_mlp(x, view.weights(), selection.narrow, stand_in, kernels, selection.slices)
         return nn.functional.dropout(y, view.dropout) if view.dropout else y
 
     def _with_branches(

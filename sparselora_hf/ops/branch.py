@@ -5,12 +5,13 @@ PEFT widens ``x`` to the type of the adapter and autocast narrows it again. Here
 into ``y``, backward into the gradient that the frozen product gives ``x``.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 
-__all__ = ["Branch", "add_branch", "branch_backward", "fork_branch"]
+__all__ = ["Branch", "add_branch", "branch_backward", "cast", "fork_branch"]
 
 
 class Branch(NamedTuple):
@@ -90,6 +91,18 @@ def branch_backward(
     """
     torch.addmm(hidden, grad, b, beta=0, alpha=scaling, out=grad_hidden)
     return torch.addmm(b, grad.t(), hidden, beta=0, alpha=scaling)
+
+
+def cast(tensors: Sequence[torch.Tensor | None], dtypes: Sequence[torch.dtype]) -> list[torch.Tensor | None]:
+    """Tensors in the types given, by one launch on a GPU; those of the type already, and None, as they are."""
+    casts = [
+        tensor if tensor is None or tensor.dtype is dtype else torch.empty_like(tensor, dtype=dtype)
+        for tensor, dtype in zip(tensors, dtypes, strict=True)
+    ]
+    changed = [place for place, tensor in enumerate(tensors) if casts[place] is not tensor]
+    if changed:
+        torch._foreach_copy_([casts[place] for place in changed], [tensors[place] for place in changed])
+    return casts
 
 
 def fork_branch(x: torch.Tensor, a: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ..kernels.choice import choose
 from .gate import activate, activate_backward
-from .mlp import KeptChannels, MlpWeights, StandIn
+from .mlp import KeptChannels, MlpWeights, Slices, StandIn
 
 __all__ = ["FrozenMlp", "mixed_mlp"]
 
@@ -49,9 +49,9 @@ class _MixedIn(torch.autograd.Function):
         few = flat.index_select(0, rows)
         products = [F.linear(few, *linear) for linear in mlp.inputs]
         hidden, way = activate(products, mlp.kind, mlp.kernels)  # [A, N]
-        index = select(flat, few, hidden)
+        index, slices = select(flat, few, hidden)
         kept_way = choose("mlp", flat, flat.shape[1], index.shape[0], mlp.kernels)
-        kept = KeptChannels(mlp.weights, index, mlp.stand_in, kept_way)
+        kept = KeptChannels(mlp.weights, index, mlp.stand_in, kept_way, slices)
         wide, kept_hidden = kept.enter(flat)  # [T, 2K], [T, K + r]
         ctx.save_for_backward(*products, wide)
         ctx.kept = kept, way, mlp, rows, x.shape, x.dtype
@@ -91,7 +91,7 @@ def mixed_mlp(
     x: torch.Tensor,
     mlp: FrozenMlp,
     rows: torch.Tensor,
-    select: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
+    select: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, Slices | None]],
 ) -> torch.Tensor:
     """Output of an MLP, ``rows`` with all channels and every other row with kept ones.
 
@@ -100,7 +100,8 @@ def mixed_mlp(
         mlp: the MLP.
         rows: int64 ``[A]``.
         select: from all rows ``[T, H]``, those with all channels ``[A, H]`` and their activations ``[A, N]`` to the
-            channels to keep, int64 ``[K]``, distinct. It is called without gradients.
+            channels to keep, int64 ``[K]``, distinct, and `kept_mlp`'s dictionary of their slices. It is called
+            without gradients.
 
     Returns:
         ``[..., H]``, in the MLP's type. Differentiable in ``x``.

@@ -8,6 +8,7 @@ A plain MLP has no gate: its activation is that of ``x U_Kᵀ``.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from .linear import compute_dtype
 from .quant import FrozenWeight
 from .slices import column_slice, is_plain, row_slice
 
-__all__ = ["KeptChannels", "MlpWeights", "StandIn", "kept_mlp"]
+__all__ = ["KeptChannels", "MlpWeights", "Slices", "StandIn", "kept_mlp"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,10 +86,18 @@ class MlpWeights:
         """Matrices that lead into the MLP: M = 2, or 1 without a gate."""
         return 1 if self.gate is None else 2
 
+    def state(self) -> tuple[tuple[int, int], ...]:
+        """What changes when a weight does: its address, and how often it was written to."""
+        weights = (weight for weight in (self.gate, self.up, self.down) if weight is not None)
+        stored = (weight if isinstance(weight, torch.Tensor) else weight.tensors()[0] for weight in weights)
+        return tuple((tensor.data_ptr(), tensor._version) for tensor in stored)
+
     @property
     def kind(self) -> str | None:
         """Name of the activation where kernels know it."""
         return activation_kind(self.activation)
+
+    # what is gathered for one channel set: arguments are the same for all
 
     def gather_in(
         self, index: torch.Tensor, stand_in: StandIn | None, dtype: torch.dtype, way: Choice
@@ -97,18 +106,39 @@ class MlpWeights:
         weights = [weight for weight in (self.gate, self.up) if weight is not None]
         return row_slice(weights, index, dtype, way, None if stand_in is None else stand_in.project.to(dtype))
 
+    def bias_in(
+        self, index: torch.Tensor, stand_in: StandIn | None, dtype: torch.dtype, way: Choice
+    ) -> torch.Tensor | None:
+        """What goes with `gather_in`, ``[M K + r]``; None where that is zero."""
+        biases = (self.gate_bias, self.up_bias)[-self.inward :]
+        if stand_in is None and all(bias is None for bias in biases):
+            return None
+        zeros = torch.zeros(index.shape[0], device=index.device, dtype=dtype)
+        parts = [zeros if bias is None else bias.index_select(0, index).to(dtype) for bias in biases]
+        return torch.cat(parts if stand_in is None else [*parts, -stand_in.shift.to(dtype)])
+
     def gather_out(
         self, index: torch.Tensor, stand_in: StandIn | None, dtype: torch.dtype, way: Choice
     ) -> torch.Tensor:
         """Kept columns of down as rows, and the stand-in's output map: ``[K + r, H]``."""
         return column_slice(self.down, index, dtype, way, None if stand_in is None else stand_in.output.to(dtype))
 
-    def add_biases(self, wide: torch.Tensor, index: torch.Tensor) -> None:
-        """Add the kept biases of gate and up to ``[T, M K + r]`` in place."""
-        keep = index.shape[0]
-        for bias, first in ((self.gate_bias, 0), (self.up_bias, (self.inward - 1) * keep)):
-            if bias is not None:
-                wide[:, first : first + keep].add_(bias.index_select(0, index))
+    def bias_out(
+        self, index: torch.Tensor, stand_in: StandIn | None, dtype: torch.dtype, way: Choice
+    ) -> torch.Tensor | None:
+        """What goes with `gather_out`, ``[H]``; None where that is zero."""
+        biases = [
+            b.to(dtype) for b in (self.down_bias, None if stand_in is None else stand_in.constant) if b is not None
+        ]
+        return sum(biases[1:], biases[0]) if biases else None
+
+    def means(self, index: torch.Tensor, stand_in: StandIn, dtype: torch.dtype, way: Choice) -> torch.Tensor:
+        """Mean of the kept channels that a stand-in for all of them knows, ``[K]``."""
+        return stand_in.mean.index_select(0, index).to(dtype)
+
+    def stood_in(self, index: torch.Tensor, stand_in: StandIn, dtype: torch.dtype, way: Choice) -> torch.Tensor:
+        """What a stand-in for all channels makes of the kept ones, ``[r, K]``."""
+        return stand_in.channels.index_select(1, index).to(dtype)
 
     def gate_and_up(self, wide: torch.Tensor, keep: int) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Parts of the products ``[T, M K + r]``: ``[T, K]`` or None, and ``[T, K + r]``."""
@@ -120,6 +150,10 @@ class MlpWeights:
         return activated if self.gate is None else activated * wide[:, keep : 2 * keep]
 
 
+# the share of channels up to which slices are kept: at most that share of the MLPs' weights is in memory twice
+_FEW = 1 / 32
+
+
 class KeptChannels(NamedTuple):
     """An MLP on its kept channels, into them and out of them, each way forward and backward, apart from autograd.
 
@@ -128,12 +162,14 @@ class KeptChannels(NamedTuple):
         index: int64 ``[K]``, distinct.
         stand_in: what takes the place of the dropped channels, or None.
         way: of kernels.
+        slices: those of the same channels from earlier calls; None keeps none.
     """
 
     weights: MlpWeights
     index: torch.Tensor
     stand_in: StandIn | None
     way: Choice
+    slices: "Slices | None" = None
 
     def enter(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """``[T, H]`` to the products ``[T, M K]`` that `enter_backward` needs, and activations ``[T, K + r]``."""
@@ -145,10 +181,7 @@ class KeptChannels(NamedTuple):
             tile, biases = tile_for("mlp_in", x, self.way.tile), (weights.gate_bias, weights.up_bias)
             return mlp_in_fwd(x, weights.gate, weights.up, index, weights.kind, tile, *biases)
         inward = weights.inward * index.shape[0]
-        wide = x @ weights.gather_in(index, stand_in, x.dtype, self.way).t()  # [T, M K + r]
-        weights.add_biases(wide, index)
-        if stand_in is not None:
-            wide[:, inward:].sub_(stand_in.shift.to(x.dtype))
+        wide = _affine(x, self._gather("gather_in", x.dtype).t(), self._gather("bias_in", x.dtype))  # [T, M K + r]
         hidden = self._activate(wide)
         return wide if wide.shape[1] == inward else wide[:, :inward].contiguous(), hidden
 
@@ -157,8 +190,8 @@ class KeptChannels(NamedTuple):
         keep, given_up = index.shape[0], None
         inward = weights.inward * keep
         if stand_in is not None and stand_in.channels is not None:
-            mean, channels = (stand_in.mean.index_select(0, index), stand_in.channels.index_select(1, index))
-            given_up = torch.addmm(mean.to(wide.dtype), wide[:, inward:], channels.to(wide.dtype))
+            channels = self._gather("stood_in", wide.dtype)
+            given_up = torch.addmm(self._gather("means", wide.dtype), wide[:, inward:], channels)
         if self.way and weights.kind:
             from ..kernels.mlp import mlp_activation_fwd
 
@@ -172,12 +205,12 @@ class KeptChannels(NamedTuple):
     def enter_backward(self, grad: torch.Tensor, wide: torch.Tensor) -> torch.Tensor:
         """Gradient of the activations ``[T, K + r]`` to that of the input ``[T, H]``, with the products of `enter`."""
         grad_wide = self._activate_backward(grad, wide)
-        return grad_wide @ self.weights.gather_in(self.index, self.stand_in, grad.dtype, self.way)
+        return grad_wide @ self._gather("gather_in", grad.dtype)
 
     def _activate_backward(self, grad: torch.Tensor, wide: torch.Tensor) -> torch.Tensor:
         weights, stand_in, keep, lost = self.weights, self.stand_in, self.index.shape[0], None
         if stand_in is not None and stand_in.channels is not None:
-            lost = grad[:, :keep] @ stand_in.channels.index_select(1, self.index).to(grad.dtype).t()
+            lost = grad[:, :keep] @ self._gather("stood_in", grad.dtype).t()
         if self.way and weights.kind:
             from ..kernels.mlp import mlp_activation_bwd
 
@@ -195,15 +228,30 @@ class KeptChannels(NamedTuple):
 
     def leave(self, hidden: torch.Tensor) -> torch.Tensor:
         """``[T, K + r]`` to ``[T, H]``."""
-        y = hidden @ self.weights.gather_out(self.index, self.stand_in, hidden.dtype, self.way)
-        for constant in (self.weights.down_bias, None if self.stand_in is None else self.stand_in.constant):
-            if constant is not None:
-                y += constant.to(y.dtype)
-        return y
+        return _affine(hidden, self._gather("gather_out", hidden.dtype), self._gather("bias_out", hidden.dtype))
 
     def leave_backward(self, grad: torch.Tensor) -> torch.Tensor:
         """Gradient ``[T, H]`` to ``[T, K + r]``."""
-        return grad @ self.weights.gather_out(self.index, self.stand_in, grad.dtype, self.way).t()
+        return grad @ self._gather("gather_out", grad.dtype).t()
+
+    def _gather(self, method: str, dtype: torch.dtype) -> torch.Tensor | None:
+        """What a method of the weights gathers; of few channels it is kept for as long as nothing changes."""
+        gather = functools.partial(getattr(self.weights, method), self.index, self.stand_in, dtype, self.way)
+        if self.slices is None or self.index.shape[0] > _FEW * self.weights.up.shape[0]:
+            return gather()
+        key, state = (method, dtype), self.weights.state()
+        known = self.slices.get(key)
+        if known is None or known[0] != state or known[1] is not self.stand_in:
+            known = self.slices[key] = state, self.stand_in, gather()
+        return known[2]
+
+
+# by the method that gathered and the type: the state of the weights and the stand-in it gathered from, and its result
+Slices = dict[tuple[str, torch.dtype], tuple[tuple, StandIn | None, torch.Tensor | None]]
+
+
+def _affine(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return x @ weight if bias is None else torch.addmm(bias, x, weight)
 
 
 # Two functions, not one: recomputation under checkpointing ends once the products are saved, before the last one.
@@ -250,6 +298,7 @@ def kept_mlp(
     index: torch.Tensor,
     stand_in: StandIn | None = None,
     kernels: str | Choice = "auto",
+    slices: Slices | None = None,
 ) -> torch.Tensor:
     """MLP of frozen weights on kept channels.
 
@@ -259,10 +308,11 @@ def kept_mlp(
         index: int64 ``[K]``, distinct; empty only with a stand-in.
         stand_in: what takes the place of the dropped channels, or None.
         kernels: as in `SparseLoraConfig`.
+        slices: a dictionary that belongs to the index: slices of few channels are kept in it; None keeps none.
 
     Returns:
         ``[T, H]``. Differentiable in ``x``.
     """
     x = x.to(compute_dtype(x, weights.up))
-    kept = KeptChannels(weights, index, stand_in, choose("mlp", x, x.shape[1], len(index), kernels))
+    kept = KeptChannels(weights, index, stand_in, choose("mlp", x, x.shape[1], len(index), kernels), slices)
     return _KeptOut.apply(_KeptIn.apply(x, kept), kept)

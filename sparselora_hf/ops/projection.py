@@ -14,7 +14,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .branch import Branch, branch_backward
+from .branch import Branch, branch_backward, cast
 from .context import ContextPart, context_backward, context_forward
 
 __all__ = ["Frozen", "MixedRows", "projection", "projections"]
@@ -89,10 +89,10 @@ class _Projections(torch.autograd.Function):
         results = [linear.forward(wide) for linear in linears]
         scalings = [linear.branch.scaling for linear in linears if linear.branch is not None]
         ctx.linears = [linear._replace(branch=None) for linear in linears]  # what the branches hold is saved below
-        ctx.types, ctx.scalings = [x.dtype, *[adapter.dtype for adapter in adapters]], scalings
+        ctx.types, ctx.scalings = (x.dtype, [adapter.dtype for adapter in (adapters[:1] + adapters[1::2])]), scalings
         if adapters:
-            a = (adapters[0] if len(linears) == 1 else torch.cat(adapters[::2])).to(dtype)  # [all r, in]
-            bs = [b.to(dtype) for b in adapters[1::2]]
+            a = adapters[0] if len(adapters) == 2 else torch.cat(adapters[::2])  # [all r, in]
+            a, *bs = cast([a, *adapters[1::2]], [dtype] * (1 + len(scalings)))
             hidden = torch.mm(wide.reshape(-1, x.shape[-1]), a.t())  # [T, all r]
             for y, part, b, scaling in zip(results, _parts(hidden, bs), bs, scalings, strict=True):
                 y.view(-1, y.shape[-1]).addmm_(part, b.t(), alpha=scaling)
@@ -118,10 +118,10 @@ class _Projections(torch.autograd.Function):
                 grad_bs.append(None if grad is None else branch_backward(grad, part, b, scaling, grad_part))
                 if grad is None:
                     grad_part.zero_()
-            grad_a = torch.mm(grad_hidden.t(), x.reshape(-1, x.shape[-1]).to(hidden.dtype)).to(ctx.types[1])
-            grad_as = _parts(grad_a.t(), bs)
-            for part, grad_b, type_of_b in zip(grad_as, grad_bs, ctx.types[2::2], strict=True):
-                grad_adapters += [part.t(), None if grad_b is None else grad_b.to(type_of_b)]
+            grad_a = torch.mm(grad_hidden.t(), x.reshape(-1, x.shape[-1]).to(hidden.dtype))
+            grad_a, *grad_bs = cast([grad_a, *grad_bs], ctx.types[1])
+            for part, grad_b in zip(_parts(grad_a.t(), bs), grad_bs, strict=True):
+                grad_adapters += [part.t(), grad_b]
             if grad_x is not None:
                 grad_x.addmm_(grad_hidden, a)
         grad_x = None if grad_x is None else grad_x.view(*shape, grad_x.shape[1]).to(ctx.types[0])

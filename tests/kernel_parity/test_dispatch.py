@@ -116,7 +116,7 @@ def test_mixed_mlp(counts, joined, way, dtype, monkeypatch, poison):
 
     def op(x, kernels):
         mlp = FrozenMlp(inputs, MlpWeights(gate, up, down, F.silu), "silu", dtype, None, kernels)
-        return mixed_mlp(x, mlp, rows, lambda *_: index)
+        return mixed_mlp(x, mlp, rows, lambda *_: (index, None))
 
     (y, grad), (y_want, grad_want) = both(op, x)
     choice._choose.cache_clear()
