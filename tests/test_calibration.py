@@ -15,7 +15,7 @@ from helpers import (
 )
 from zoo import zoo_lora
 
-from sparselora_hf import sparsify
+from sparselora_hf import sparsify, state
 from sparselora_hf.channels import top_channels
 from sparselora_hf.svd import truncated_svd
 
@@ -212,6 +212,25 @@ def test_static_scores_are_norms_over_the_sample():
             sets.append({key: s.narrow.tolist() for key, s in handle.state.batch.selections.items()})
     assert sets[0] == sets[1]
     assert len(sets[0]) == 9
+
+
+@pytest.mark.parametrize(("criterion", "times"), [("static", 1), ("output", 3)])
+def test_sets_of_the_same_scores_are_chosen_once(criterion, times, monkeypatch):
+    """Fixed ones once a run; with `output` those of attention, while MLPs follow the batch."""
+    model, chosen = lora_model(), []
+    monkeypatch.setattr(state, "top_channels", lambda scores, keep: chosen.append(keep) or top_channels(scores, keep))
+    with sparsify(model, LEARNING[criterion]) as handle:
+        for _ in range(2):  # a second run fits its own
+            handle.begin_run(10)
+            warm_up(model)
+            handle.set_enabled(True)
+            chosen.clear()
+            for seed in (50, 51, 52):
+                loss_and_gradients(model, make_batch((16, 16), (30, 30), seed=seed))
+            assert len(chosen) == 6 + 3 * times
+            assert handle.state._fixed
+            handle.end_run()
+            assert not handle.state._fixed
 
 
 @pytest.mark.parametrize("compensation", ["none", "low_rank"])

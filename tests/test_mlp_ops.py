@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 from helpers import kept_for_backward
@@ -162,3 +164,55 @@ def test_to_keeps_what_is_missing_missing():
     half = stand_in_of(weights, fixed=True).to(torch.device("cpu"), torch.bfloat16)
     assert half.output.dtype == torch.bfloat16
     assert half.channels is half.mean is None
+
+
+def gathers(monkeypatch):
+    """Names of the methods that gather, as they are called."""
+    calls = []
+    for name in ("gather_in", "gather_out"):
+        own = getattr(MlpWeights, name)
+        monkeypatch.setattr(MlpWeights, name, lambda *a, own=own, name=name: calls.append(name) or own(*a))
+    return calls
+
+
+@pytest.mark.parametrize("stood_in", [False, True], ids=["plain", "stand-in"])
+def test_slices_of_few_channels_are_gathered_once(stood_in, monkeypatch):
+    x, weights, index = case((6, 8, 64, 2))
+    stand_in = stand_in_of(weights) if stood_in else None
+    want = kept_mlp(x, weights, index, stand_in)
+    want_grad = torch.autograd.grad(want.sum(), x)[0]
+    calls, slices = gathers(monkeypatch), {}
+    for _ in range(3):
+        y = kept_mlp(x, weights, index, stand_in, slices=slices)
+        assert torch.equal(y, want) and torch.equal(torch.autograd.grad(y.sum(), x)[0], want_grad)
+    assert calls == ["gather_in", "gather_out"]
+
+
+def test_slices_of_many_channels_are_not_kept(monkeypatch):
+    x, weights, index = case((6, 8, 64, 3))
+    calls, slices = gathers(monkeypatch), {}
+    kept_mlp(x, weights, index, slices=slices).sum().backward()
+    assert calls == ["gather_in", "gather_out", "gather_out", "gather_in"] and not slices
+
+
+def test_slices_are_gathered_anew_when_what_they_come_from_changes():
+    x, weights, index = case((6, 8, 64, 2), biased=True)
+    slices, stand_in = {}, stand_in_of(weights)
+
+    def through(weights, stand_in):
+        got = kept_mlp(x, weights, index, stand_in, slices=slices)
+        assert torch.equal(got, kept_mlp(x, weights, index, stand_in))
+        return got
+
+    first = through(weights, stand_in)
+    weights.up.mul_(2)  # as merging an adapter does
+    second = through(weights, stand_in)
+    assert not torch.equal(second, first)
+    weights.gate_bias.add_(1)
+    assert not torch.equal(through(weights, stand_in), second)
+    other = dataclasses.replace(weights, down=weights.down.clone() + 1)
+    third = through(other, stand_in)
+    assert not torch.equal(through(other, stand_in_of(other, fixed=True)), third)
+    through(other, None)
+    single = MlpWeights(other.gate.float(), other.up.float(), other.down.float(), other.activation)
+    assert kept_mlp(x.detach().float(), single, index, slices=slices).dtype == torch.float32

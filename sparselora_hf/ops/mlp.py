@@ -19,7 +19,7 @@ from ..kernels.choice import Choice, choose
 from ..kernels.tiles import tile_for
 from .activations import activation_kind
 from .linear import compute_dtype
-from .quant import FrozenWeight
+from .quant import FrozenWeight, QuantisedWeight
 from .slices import column_slice, is_plain, row_slice
 
 __all__ = ["KeptChannels", "MlpWeights", "Slices", "StandIn", "kept_mlp"]
@@ -86,11 +86,11 @@ class MlpWeights:
         """Matrices that lead into the MLP: M = 2, or 1 without a gate."""
         return 1 if self.gate is None else 2
 
-    def state(self) -> tuple[tuple[int, int], ...]:
-        """What changes when a weight does: its address, and how often it was written to."""
-        weights = (weight for weight in (self.gate, self.up, self.down) if weight is not None)
-        stored = (weight if isinstance(weight, torch.Tensor) else weight.tensors()[0] for weight in weights)
-        return tuple((tensor.data_ptr(), tensor._version) for tensor in stored)
+    def state(self) -> list[tuple[int, int]]:
+        """What changes when a weight or a bias does: addresses, and how often each was written to."""
+        parts = (self.gate, self.up, self.down, self.gate_bias, self.up_bias, self.down_bias)
+        stored = [p.tensors()[0] if isinstance(p, QuantisedWeight) else p for p in parts if p is not None]
+        return [(tensor.data_ptr(), tensor._version) for tensor in stored]
 
     @property
     def kind(self) -> str | None:
@@ -247,7 +247,7 @@ class KeptChannels(NamedTuple):
 
 
 # by the method that gathered and the type: the state of the weights and the stand-in it gathered from, and its result
-Slices = dict[tuple[str, torch.dtype], tuple[tuple, StandIn | None, torch.Tensor | None]]
+Slices = dict[tuple[str, torch.dtype], tuple[list, StandIn | None, torch.Tensor | None]]
 
 
 def _affine(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
