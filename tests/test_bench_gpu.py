@@ -76,7 +76,7 @@ def test_every_line_of_the_gpu_run_is_understood(bench, gpu_sh, smoke):
     once = [names for key, names in subjects.items() if key[0] == "step-cuda.csv"]
     assert once == [[["sft", "exact", "sparse"]]] + [[["sft", "sparse"]]] * 6
     assert [names for key, names in subjects.items() if key[0] == "step-liger-cuda.csv"] == [
-        [["sft_liger", "sparse_liger"]]
+        [["sft_liger", "sft", "sparse", "sparse_liger"]]
     ]
 
 
@@ -101,6 +101,17 @@ def test_a_model_is_made_once(bench):
                           (("1", []), ("2", []), ("2", ["--layers", "2"])))  # fmt: skip
     model = bench.step.make_model(first)
     assert bench.step.make_model(same) is model is not bench.step.make_model(other)
+
+
+def test_what_a_turn_exchanges_is_put_back(bench):
+    """Liger puts its functions into the file of a model's family; the next variant takes the family's own."""
+    model = bench.step.make_model(bench.step.parse([*TINY]))
+    family = sys.modules[type(model).__module__]
+    own = dict(vars(family))
+    with pytest.raises(ZeroDivisionError), bench.step.family_as_it_was(model):
+        family.apply_rotary_pos_emb = family.of_liger = None
+        1 / 0  # noqa: B018
+    assert vars(family) == own
 
 
 def test_wheels_that_do_not_fit_end_the_run(tmp_path):

@@ -50,7 +50,7 @@ if [ -n "${SPARSELORA_BENCH_SMOKE:-}" ]; then
   all='{mlp_sparsity: 0.9, criterion: static, compensation: low_rank, compensation_rank: 4, dense_if_slower: false}'
 else
   device=cuda large="--model llama-3-8b" small="--model llama-3.2-1b"
-  turns="--rounds 3 --steps 3" liger="sft_liger sparse_liger" parity="tests/kernel_parity"
+  turns="--rounds 3 --steps 3" liger="sft_liger sft sparse sparse_liger" parity="tests/kernel_parity"
   times="--shapes math --write-table" attach="--model llama-3-8b"
   protocol() { shape=(--protocol "$1" --batch "$2"); }
   whole='{preset: llama-3-8b-math, dense_if_slower: false}'
@@ -90,8 +90,8 @@ bench attach 60 attach --csv "$out/attach-$device.csv" $attach
 # a small model
 protocol wizard 2
 bench step-1b 40 step $two $small $turns --csv "$out/step-$device.csv" "${shape[@]}"
-# against SFTTrainer with fused layer kernels, which change transformers for the whole process
+# against SFTTrainer with fused layer kernels
 protocol math 8
 [ -n "$liger" ] &&
-  bench step-liger 75 step --variants $liger $large $turns --csv "$out/step-liger-$device.csv" "${shape[@]}"
+  bench step-liger 90 step --variants $liger $large $turns --csv "$out/step-liger-$device.csv" "${shape[@]}"
 echo "== done in $SECONDS s; results in $out"

@@ -26,6 +26,7 @@ NOT_YET = "Not yet measured."
 CLOCKS = {"wall": "", "processor": "_cpu"}
 SETTING = ("model", "sequence", "output", "batch", "fill", "checkpointing")  # of a CSV's rows
 VARIANTS = {"exact": "exact savings alone", "sparse": "SparseLoRA", "sparse_no_exact": "without exact savings"}
+BESIDE_LIGER = {"sft": "SFTTrainer without Liger", "sparse": "SparseLoRA", "sparse_liger": "SparseLoRA with Liger"}
 PROFILED = {"sft": "SFTTrainer", **VARIANTS}
 
 _MAIN = ("output+r8@0.9", "static+r8@0.9", "svd_whitened+r8@0.9", "output@0.9", "oracle@0.9", "svd@0.9")
@@ -81,12 +82,12 @@ def spread(values: list[float], unit: str = "x") -> str:
     return f"{middle} ({min(values):.2f}-{max(values):.2f})"
 
 
-def by_setting(rows: Rows) -> dict[tuple[str, ...], dict[str, Rows]]:
+def by_setting(rows: Rows, baseline: str = "sft") -> dict[tuple[str, ...], dict[str, Rows]]:
     """Rows by setting and variant; each gets the peak memory of the baseline that it was measured beside."""
     found: dict[tuple[str, ...], dict[str, Rows]] = defaultdict(lambda: defaultdict(list))
     base = ""
     for row in rows:
-        base = row["peak_memory"] if row["variant"] == "sft" else base
+        base = row["peak_memory"] if row["variant"] == baseline else base
         setting = tuple(row[name] for name in SETTING)
         found[setting][row["variant"]].append({**row, "base_memory": base})
     return found
@@ -101,19 +102,19 @@ def speed(rows: Rows, clock: str) -> str:
     return spread([float(row[clock]) for row in rows]) if rows else ""
 
 
-def step_table(name: str) -> str:
-    """Speed-ups of the variants over `SFTTrainer`, a line for each setting."""
-    rows = [{**row, "variant": row["variant"].removesuffix("_liger")} for row in read(name)]
+def step_table(name: str, baseline: str = "sft", columns: dict[str, str] = VARIANTS) -> str:
+    """Speed-ups of the variants over a baseline, `SFTTrainer` as it comes, a line for each setting."""
+    rows = read(name)
     if not rows:
         return NOT_YET
-    settings = by_setting(rows)
+    settings = by_setting(rows, baseline)
     several = len({setting[0] for setting in settings}) > 1
-    labels = [*VARIANTS.values(), "SparseLoRA, wall clock", "FLOP bound", "peak memory"]
+    labels = [*columns.values(), "SparseLoRA, wall clock", "FLOP bound", "peak memory"]
     header = [*(["model"] if several else []), "batch", "context", "fill", "checkpointing", *labels]
     body = []
     for (model, sequence, _, batch, fill, checkpointing), variants in sorted(settings.items(), key=order):
         sparse = variants["sparse"]
-        speeds = [speed(variants[name], "speedup") for name in VARIANTS] + [speed(sparse, "speedup_wall")]
+        speeds = [speed(variants[name], "speedup") for name in columns] + [speed(sparse, "speedup_wall")]
         limit = f"{float(sparse[-1]['bound']):.2f}x"
         start = [f"{batch} x {sequence}", f"{float(sparse[0]['context_share']):.0%}", f"{float(fill):.0%}"]
         start += ["yes" if checkpointing == "True" else "no"]
@@ -284,7 +285,7 @@ TABLES = {
     "step": lambda: step_table("step-cpu.csv"),
     "step-dora": lambda: step_table("step-dora-cpu.csv"),
     "step-gpu": lambda: step_table("step-cuda.csv"),
-    "step-gpu-liger": lambda: step_table("step-liger-cuda.csv"),
+    "step-gpu-liger": partial(step_table, "step-liger-cuda.csv", "sft_liger", BESIDE_LIGER),
     "step-gpu-stand-in": lambda: step_table("step-stand-in-cuda.csv"),
     "step-gpu-whole": lambda: step_table("step-whole-cuda.csv"),
     "profile-gpu": profile_table,

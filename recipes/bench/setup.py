@@ -22,7 +22,7 @@ from sparselora_hf.shapes import MODEL_SHAPES
 PROTOCOLS = {"math": (512, 128), "csr": (512, 3), "code": (1024, 512), "wizard": (2048, 512)}
 QUANTIZATIONS = ("none", "nf4", "int8")
 VARIANTS = ("sft", "exact", "sparse", "sparse_no_exact")
-# with Liger's fused layer kernels, for a GPU; they patch a module of transformers: these run together, without others
+# with Liger's fused layer kernels, for a GPU
 LIGER = {"sft_liger": "sft", "sparse_liger": "sparse"}
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 

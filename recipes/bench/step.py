@@ -25,6 +25,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -183,11 +184,25 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, PhaseTimer], ModelShape
             done = len(timers[variant].steps)
             if args.device == "cuda":
                 reset_peak_memory()
-            trainer.train()
+            with family_as_it_was(model):
+                trainer.train()
             if args.device == "cuda":
                 peaks[variant] = max(peak_memory(), peaks.get(variant, 0))
             del timers[variant].steps[done : done + first], timers[variant].forward[done : done + first]
     return timers, ModelShape.from_config(model.config), trainers, peaks
+
+
+@contextmanager
+def family_as_it_was(model) -> Iterator[None]:
+    """The names in the file of a model's family stand for the same things afterwards: Liger exchanges some of them."""
+    names = vars(sys.modules[type(model).__module__])
+    before = dict(names)
+    try:
+        yield
+    finally:
+        names.update(before)
+        for name in names.keys() - before.keys():
+            del names[name]
 
 
 def peak_of(args: argparse.Namespace, argv: list[str], variant: str) -> int | None:
