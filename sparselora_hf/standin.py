@@ -44,26 +44,47 @@ def reduced_rank(x: torch.Tensor, y: torch.Tensor, rank: int, seed: int = 0) -> 
     if rank == 0:
         empty = x.new_zeros(x.shape[1], 0), y.new_zeros(0, y.shape[1])
         return Regression(x.mean(0), y.mean(0), *empty)
+    return _Moments.of(x, y).regression(rank, _best_ridge(x, y, rank, seed), seed)
+
+
+def _best_ridge(x: torch.Tensor, y: torch.Tensor, rank: int, seed: int) -> float:
     judges = torch.arange(len(x), device=x.device) % _HELD_OUT == 0
-    ridge = _RIDGES[-1]
-    if judges.sum() > 1 and (~judges).sum() > 1:
-        trials = ((_solve(x[~judges], y[~judges], rank, ridge, seed), ridge) for ridge in _RIDGES)
-        ridge = min(trials, key=lambda trial: float((trial[0](x[judges]) - y[judges]).square().sum()))[1]
-    return _solve(x, y, rank, ridge, seed)
+    if judges.sum() < 2 or (~judges).sum() < 2:
+        return _RIDGES[-1]
+    others = _Moments.of(x[~judges], y[~judges])
+
+    def error(ridge: float) -> float:
+        return float((others.regression(rank, ridge, seed)(x[judges]) - y[judges]).square().sum())
+
+    return min(_RIDGES, key=error)
 
 
-def _solve(x: torch.Tensor, y: torch.Tensor, rank: int, ridge: float, seed: int) -> Regression:
-    shift, mean = x.mean(0), y.mean(0)
-    x, y = x - shift, y - mean
-    gram = x.t() @ x / len(x)
-    gram.diagonal().add_(ridge * gram.diagonal().mean() + torch.finfo(x.dtype).tiny)
-    factor = torch.linalg.cholesky(gram)
-    weights = torch.cholesky_solve(x.t() @ y / len(x), factor)  # [H, M]
-    fitted = factor.t() @ weights  # same right singular vectors as the predictions
-    with seeded(x.device, seed):
-        _, _, v = torch.svd_lowrank(fitted, q=min(rank + 8, *fitted.shape), niter=4)
-    v = v[:, :rank]
-    return Regression(shift, mean, weights @ v, v.t().contiguous())
+@dataclasses.dataclass(frozen=True)
+class _Moments:
+    """What a regression needs to know of its sample: means, ``XᵀX / n`` ``[H, H]`` and ``XᵀY / n`` ``[H, M]``."""
+
+    shift: torch.Tensor
+    mean: torch.Tensor
+    gram: torch.Tensor
+    cross: torch.Tensor
+
+    @classmethod
+    def of(cls, x: torch.Tensor, y: torch.Tensor) -> "_Moments":
+        shift, mean = x.mean(0), y.mean(0)
+        x, y = x - shift, y - mean
+        return cls(shift, mean, x.t() @ x / len(x), x.t() @ y / len(x))
+
+    def regression(self, rank: int, ridge: float, seed: int) -> Regression:
+        gram, spread = self.gram.clone(), self.gram.diagonal().mean()
+        gram.diagonal().add_(ridge * spread + torch.finfo(gram.dtype).tiny)
+        factor = torch.linalg.cholesky(gram)
+        # L⁻¹ XᵀY / n = Lᵀ B: the same right singular vectors as the predictions
+        fitted = torch.linalg.solve_triangular(factor, self.cross, upper=False)
+        with seeded(gram.device, seed):
+            _, _, v = torch.svd_lowrank(fitted, q=min(rank + 8, *fitted.shape), niter=4)
+        v = v[:, :rank]
+        inward = torch.linalg.solve_triangular(factor.t(), fitted @ v, upper=True)
+        return Regression(self.shift, self.mean, inward, v.t().contiguous())
 
 
 def fit_stand_in(x: torch.Tensor, h: torch.Tensor, down: torch.Tensor, rank: int, seed: int = 0) -> StandIn:
