@@ -7,7 +7,7 @@ import torch
 
 from sparselora_hf.kernels import choice
 from sparselora_hf.kernels.choice import OPERATIONS, Choice, choose, shape_key, write_table
-from sparselora_hf.kernels.runtime import blocker, numerics
+from sparselora_hf.kernels.runtime import blocker, is_exact, numerics
 from sparselora_hf.kernels.tiles import MAX_WIDTH, TILES, chip_of, rotary_tile, row_tile, tile_for
 
 
@@ -113,6 +113,21 @@ def test_float32_keeps_its_mantissa_unless_torch_was_told_otherwise():
         assert numerics(torch.float32)["PRECISION"] == "tf32"
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="torch before 2.9")
+def test_the_newer_setting_that_the_trainer_uses():
+    """`tf32=True` sets it for all backends, and behind it torch refuses to be asked in the older way."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+    try:
+        assert not is_exact(torch.float32)
+        assert numerics(torch.bfloat16)["PRECISION"] == numerics(torch.float32)["PRECISION"] == "tf32"
+        assert tile_for("mlp_in", torch.zeros(1)) == TILES["mlp_in"]["large"][0]
+    finally:
+        matmul.fp32_precision = before
+    assert is_exact(torch.float32)
+    assert not is_exact(torch.float16)
 
 
 @pytest.mark.parametrize("op", TILES)

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from sparselora_hf.kernels.choice import Choice, shape_key, write_table
-from sparselora_hf.kernels.runtime import blocker
+from sparselora_hf.kernels.runtime import blocker, is_exact
 from sparselora_hf.kernels.tiles import tiles_of
 from sparselora_hf.ops.context import ContextPart, context_linear
 from sparselora_hf.ops.estimator import channel_norms, gated_norms
@@ -189,9 +189,8 @@ def ways_of(subject: Subject) -> Iterator[Choice]:
     if blocker(device, dtype):
         return
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    exact = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
     for way in subject.ways[1:]:
-        tiles = len(tiles_of(subject.tiles, capability, exact)) if way == "triton" and subject.tiles else 1
+        tiles = len(tiles_of(subject.tiles, capability, is_exact(dtype))) if way == "triton" and subject.tiles else 1
         yield from (Choice(way, number) for number in range(tiles))
 
 

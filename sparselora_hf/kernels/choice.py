@@ -19,7 +19,7 @@ import torch
 
 from ..cache import default_cache_dir
 from ..files import write_atomically
-from .runtime import blocker, interpreting
+from .runtime import blocker, interpreting, is_exact
 from .tiles import chip_of
 
 __all__ = ["MODES", "OPERATIONS", "Choice", "choose", "machine_table", "shape_key", "write_table"]
@@ -136,5 +136,4 @@ def _choose(
     entry = _measured(_SHIPPED, machine_table(), chip).get(shape_key(op, dtype, tokens, outer, keep))
     if entry is not None:
         return Choice(entry[0], entry[1], measured=True)
-    exact = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    return Choice(_REASONED["fma" if exact else chip_of(capability).tiles][op])
+    return Choice(_REASONED["fma" if is_exact(dtype) else chip_of(capability).tiles][op])

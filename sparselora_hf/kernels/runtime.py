@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from packaging import version
 
-__all__ = ["blocker", "has_triton", "interpreting", "launch", "numerics"]
+__all__ = ["blocker", "has_triton", "interpreting", "is_exact", "launch", "numerics"]
 
 
 @functools.cache
@@ -47,15 +47,23 @@ def _capability(index: int | None) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
-def numerics(dtype: torch.dtype) -> dict[str, Any]:
-    """How tiles of a type are multiplied.
+def is_exact(dtype: torch.dtype) -> bool:
+    """Whether products of a type keep the full mantissa of float32.
 
-    float32 keeps its full mantissa unless torch was told otherwise (`torch.set_float32_matmul_precision`, the
-    Trainer's `tf32`), as in torch's own products; Triton's default would be TF32.
+    float32 does unless torch was told otherwise (`torch.set_float32_matmul_precision`, the Trainer's `tf32`), as in
+    torch's own products; Triton's default would be TF32.
     """
-    exact = torch.get_float32_matmul_precision() == "highest"
+    if dtype != torch.float32:
+        return False
+    # since torch 2.9; there the question below is refused where this was set, as the Trainer does
+    precision = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    return torch.get_float32_matmul_precision() == "highest" if precision is None else precision != "tf32"
+
+
+def numerics(dtype: torch.dtype) -> dict[str, Any]:
+    """How tiles of a type are multiplied."""
     return {
-        "PRECISION": "ieee" if dtype == torch.float32 and exact else "tf32",
+        "PRECISION": "ieee" if is_exact(dtype) else "tf32",
         "UPCAST": interpreting() and dtype == torch.bfloat16,
     }
 

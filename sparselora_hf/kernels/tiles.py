@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from .runtime import is_exact
+
 __all__ = [
     "CHIPS",
     "MAX_WIDTH",
@@ -145,8 +147,7 @@ def tiles_of(op: str, capability: tuple[int, int] | None, exact: bool = False) -
 
 def tile_for(op: str, tensor: torch.Tensor, number: int = 0) -> Tile:
     """Tile of an operation on the chip that holds a tensor, for its type; a number beyond the list is the last."""
-    exact = tensor.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    return _tile(op, tensor.device, exact, number)
+    return _tile(op, tensor.device, is_exact(tensor.dtype), number)
 
 
 @functools.cache
