@@ -3,6 +3,10 @@
 Kernels and binaries are made up: what they would run is not the question.
 """
 
+import importlib.metadata
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -95,6 +99,14 @@ def test_triton_before_3_3_finds_its_binaries_itself(kernel, monkeypatch):
     run(kernel)
     assert len(kernel.compiled) == 2
     assert not kernel.launched
+
+
+def test_triton_is_asked_for_its_version_whatever_its_package_is_called(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.2.0+git0d4682f0"))
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: 1 / 0)
+    assert not runtime._takes_constants.__wrapped__()
+    sys.modules["triton"].__version__ = "3.3.1"
+    assert runtime._takes_constants.__wrapped__()
 
 
 def test_the_device_of_the_tensor_becomes_the_current_one(kernel, monkeypatch):

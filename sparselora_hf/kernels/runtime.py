@@ -3,7 +3,6 @@
 import functools
 import importlib.util
 import os
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -126,4 +125,6 @@ def _class_of(number: int) -> int:
 @functools.cache
 def _takes_constants() -> bool:
     """Whether a binary is launched with the constants among its arguments, as it is since Triton 3.3."""
-    return version.parse(metadata.version("triton")) >= version.parse("3.3")
+    import triton  # its package has other names, too: `pytorch-triton`, `triton-windows`
+
+    return version.parse(triton.__version__) >= version.parse("3.3")
