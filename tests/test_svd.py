@@ -74,6 +74,15 @@ def test_norms_in_half_precision_are_summed_in_full():
     torch.testing.assert_close(half, factors.channel_norms(x), rtol=0.05, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast_does_not_reach_the_sums(dtype):
+    factors = truncated_svd(torch.randn(96, 64), 8).to(torch.device("cpu"), dtype)
+    x = (8 * torch.randn(5000, 64)).to(dtype)
+    with torch.autocast("cpu", dtype):
+        norms = factors.channel_norms(x)
+    torch.testing.assert_close(norms, factors.channel_norms(x), rtol=1e-6, atol=0)
+
+
 def test_deterministic_and_leaves_the_random_numbers_alone():
     weight = torch.randn(64, 64)
     torch.manual_seed(5)

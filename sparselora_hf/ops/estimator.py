@@ -29,9 +29,9 @@ def channel_norms(
         from ..kernels.estimator import channel_norms as fused
 
         return fused(_rows_contiguous(x), down, up, tile_for("project", down, way.tile), tile_for("norms", down))
-    z = (x.to(down.dtype) @ down.t()).float()
-    up = up.float()
-    return ((up @ (z.t() @ z)) * up).sum(1).clamp(min=0).sqrt()
+    z, up = (x.to(down.dtype) @ down.t()).float(), up.float()
+    with torch.autocast(x.device.type, enabled=False):  # sums over all tokens do not fit float16
+        return ((up @ (z.t() @ z)) * up).sum(1).clamp(min=0).sqrt()
 
 
 def gated_norms(
