@@ -65,9 +65,10 @@ def gathered_product_kernel(
     if HAS_ROWS:
         tokens = tl.load(rows_ptr + m, mask=is_m, other=0)
     weight_n = n.to(tl.int64)
-    out_n = weight_n
+    out_n, bias_n = weight_n, weight_n
     if INDEX_N:
         kept_n = tl.load(index_ptr + n, mask=is_n, other=0)
+        bias_n = kept_n
         weight_n = kept_n if INDEX_WEIGHT else weight_n
         out_n = kept_n if INDEX_TOKENS else out_n
     x_rows = x_ptr + tokens[:, None] * stride_x  # [M, 1]
@@ -88,7 +89,7 @@ def gathered_product_kernel(
         )  # [K, N]
         acc = multiply(x, weight.to(x.dtype), acc, PRECISION, UPCAST)
     if HAS_BIAS:
-        acc += tl.load(bias_ptr + weight_n, mask=is_n, other=0.0).to(tl.float32)[None, :]
+        acc += tl.load(bias_ptr + bias_n, mask=is_n, other=0.0).to(tl.float32)[None, :]
     out = out_ptr + tokens[:, None] * stride_out + out_n[None, :]
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=is_m[:, None] & is_n[None, :])
 
@@ -118,7 +119,7 @@ def gathered_product(
         transposed: the weight's rows are output channels (``x · Wᵀ``), else input channels (``x · W``).
         over_outputs: ``index`` runs over output channels, else over input channels.
         rows: int64 token rows, or None for all.
-        bias: one number per output channel of the weight, or None.
+        bias: one number per output channel of the whole weight, or None.
         index_weight: read the weight through ``index``.
         index_tokens: read ``x`` (or write ``out``) through ``index`` too: it has the full width.
 

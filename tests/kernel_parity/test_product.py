@@ -64,18 +64,17 @@ def test_compact(transposed, over_outputs, sliced):
     """Tokens and results at kept width; the weight in place, or its slice of kept rows."""
     dtype = torch.float32
     draw, weight, index, _ = setting(SHAPES["odd"], transposed, over_outputs, dtype)
-    x = draw(37, 45)
-    want = definition(x, weight, index, None, transposed, over_outputs)
+    x, bias = draw(37, 45), draw(70)
+    want = definition(x, weight, index, None, transposed, over_outputs, bias)
+    options = {"over_outputs": over_outputs, "bias": bias}
     kept_rows = transposed == over_outputs
     narrow = x if over_outputs else x[:, index].contiguous()
     out = poisoned(*want.shape, dtype=dtype)
     if sliced:  # a slice has its kept channels as rows, so it is turned where they were columns
         piece = weight[index] if kept_rows else weight[:, index].t().contiguous()
-        gathered_product(
-            narrow, piece, index, out, TILE, transposed=over_outputs, over_outputs=over_outputs, index_weight=False
-        )
+        gathered_product(narrow, piece, index, out, TILE, transposed=over_outputs, index_weight=False, **options)
     else:
-        gathered_product(narrow, weight, index, out, TILE, transposed=transposed, over_outputs=over_outputs)
+        gathered_product(narrow, weight, index, out, TILE, transposed=transposed, **options)
     assert_near(out, want, dtype)
 
 
