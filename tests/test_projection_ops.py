@@ -6,7 +6,7 @@ from helpers import kept_for_backward
 from torch.autograd import gradcheck
 from torch.nn import functional as F
 
-from sparselora_hf.ops.branch import Branch, add_branch, fork_branch
+from sparselora_hf.ops.branch import Branch, add_branch, cast, fork_branch
 from sparselora_hf.ops.context import ContextPart, add_stand_in, context_linear, stand_in_factors
 from sparselora_hf.ops.projection import Frozen, MixedRows, projection, projections
 from sparselora_hf.ops.rows import fork_rows, overlay_rows
@@ -51,6 +51,22 @@ def chain(rows, factors, bias, x, a=None, b=None):
         y = add_stand_in(y, whole, rows.part.index, *factors, over_outputs=rows.part.over_outputs)
     y = overlay_rows(y, F.linear(few, WEIGHT, bias), rows.dense, apart=True)
     return (y if a is None else add_branch(y, hidden, b, 1.5)).view(2, 3, OUTPUTS)
+
+
+def test_tensors_that_are_cast_at_once_are_of_one_type(monkeypatch):
+    """On a GPU some versions of torch write others in the type of the first, past their end."""
+    lists, copy = [], torch._foreach_copy_
+
+    def watched(new, old):
+        lists.append(sorted(str(tensor.dtype) for tensor in new))
+        copy(new, old)
+
+    monkeypatch.setattr(torch, "_foreach_copy_", watched)
+    tensors = [draw(3, 2), None, draw(4), draw(2), draw(1)]
+    dtypes = [torch.float32, torch.float32, torch.bfloat16, torch.float32, torch.float64]
+    for got, tensor, dtype in zip(cast(tensors, dtypes), tensors, dtypes, strict=True):
+        assert got is tensor if tensor is None else torch.equal(got, tensor.to(dtype))
+    assert lists == [["torch.float32"] * 2, ["torch.bfloat16"]]
 
 
 @pytest.mark.parametrize("branched", [True, False], ids=["branch", "alone"])

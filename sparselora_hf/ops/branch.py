@@ -94,14 +94,15 @@ def branch_backward(
 
 
 def cast(tensors: Sequence[torch.Tensor | None], dtypes: Sequence[torch.dtype]) -> list[torch.Tensor | None]:
-    """Tensors in the types given, by one launch on a GPU; those of the type already, and None, as they are."""
+    """Tensors in the types given, by one launch a type on a GPU; those of the type already, and None, as they are."""
     casts = [
         tensor if tensor is None or tensor.dtype is dtype else torch.empty_like(tensor, dtype=dtype)
         for tensor, dtype in zip(tensors, dtypes, strict=True)
     ]
-    changed = [place for place, tensor in enumerate(tensors) if casts[place] is not tensor]
-    if changed:
-        torch._foreach_copy_([casts[place] for place in changed], [tensors[place] for place in changed])
+    pairs = [(new, old) for new, old in zip(casts, tensors, strict=True) if new is not old]
+    for dtype in dict.fromkeys(new.dtype for new, _ in pairs):  # some versions write as if all were of the first's
+        alike = [pair for pair in pairs if pair[0].dtype is dtype]
+        torch._foreach_copy_([new for new, _ in alike], [old for _, old in alike])
     return casts
 
 
