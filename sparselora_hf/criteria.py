@@ -185,9 +185,10 @@ class SvdMeanCriterion(SvdCriterion):
         starts[:1] = False  # the first sequence is number 0
         group = starts.cumsum(0)
         groups = int(group[-1]) + 1 if groups is None else groups
-        total = x.new_zeros(groups, x.shape[1]).index_add_(0, group, x)
-        count = x.new_zeros(groups).index_add_(0, group, x.new_ones(len(x)))
-        return total / count[:, None]
+        member = (group == torch.arange(groups, device=x.device)[:, None]).to(x.dtype)  # [groups, C]
+        with torch.autocast(x.device.type, enabled=False):
+            # a product: atomic additions would let two runs of one seed choose different channels
+            return member @ x / member.sum(1, keepdim=True)
 
 
 class WhitenedSvdCriterion(SvdCriterion):
