@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from sparselora_hf.channels import HeadLayout
 from sparselora_hf.ops.linear import compute_dtype, gathered_columns, gathered_rows
+from sparselora_hf.ops.mlp import MlpWeights
 from sparselora_hf.ops.quant import (
     QuantisedRows,
     Weight4bit,
@@ -158,6 +159,15 @@ def test_nothing_else_is_dequantised(make, read, most):
         read(weight, torch.tensor([7, 100, 255]), torch.float32)
     scales = 512 * 256 // 64
     assert max(reads.elements) <= max(most, scales if read is read_columns else 0)
+
+
+def test_whether_weights_have_changed_is_known_without_an_operation():
+    fused, down = (frozen_weight(linear_4bit(out=24).to("cpu")) for _ in range(2))
+    gate, up = (QuantisedRows(fused, lambda index, first=first: index + first, 12) for first in (0, 12))
+    weights = MlpWeights(gate, up, down, F.silu)
+    with Reads() as reads:
+        assert weights.state() == weights.state()
+    assert not reads.elements
 
 
 def test_nothing_dequantised_is_kept_for_backward():

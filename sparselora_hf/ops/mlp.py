@@ -19,7 +19,7 @@ from ..kernels.choice import Choice, choose
 from ..kernels.tiles import tile_for
 from .activations import activation_kind
 from .linear import compute_dtype
-from .quant import FrozenWeight, QuantisedWeight
+from .quant import FrozenWeight, QuantisedRows, QuantisedWeight
 from .slices import column_slice, is_plain, row_slice
 
 __all__ = ["KeptChannels", "MlpWeights", "Slices", "StandIn", "kept_mlp"]
@@ -89,6 +89,7 @@ class MlpWeights:
     def state(self) -> list[tuple[int, int]]:
         """What changes when a weight or a bias does: addresses, and how often each was written to."""
         parts = (self.gate, self.up, self.down, self.gate_bias, self.up_bias, self.down_bias)
+        parts = [p.weight if isinstance(p, QuantisedRows) else p for p in parts]  # asked for its rows, it launches
         stored = [p.tensors()[0] if isinstance(p, QuantisedWeight) else p for p in parts if p is not None]
         return [(tensor.data_ptr(), tensor._version) for tensor in stored]
 
