@@ -160,7 +160,7 @@ class SparseState:
         self._warn_without_context(plan)
         if self.calibration.gathers and not self.enabled:
             picks, slots = self.calibration.reservoir.draw(len(plan.context), number)
-            rows = plan.context[picks.to(plan.context.device)]
+            rows = plan.context[to_device(picks, plan.context.device)]
             self.batch.gather = to_device(rows, device), to_device(slots, device)
         return self.batch
 
