@@ -1,6 +1,7 @@
 """Triton kernels without a GPU: interpreted against their twins, and compiled for every chip."""
 
 import csv
+import dataclasses
 import os
 import subprocess
 import sys
@@ -11,7 +12,8 @@ from helpers import ROOT
 pytest.importorskip("triton", reason="Triton is there on Linux only")
 
 from sparselora_hf.kernels.compiled import CASES, compile_case, jobs
-from sparselora_hf.kernels.tiles import TILES
+from sparselora_hf.kernels.estimator import MAX_RANK, gram_options
+from sparselora_hf.kernels.tiles import CHIPS, TILES
 
 RECORD = ROOT / "recipes" / "bench" / "results" / "kernels-compiled.csv"
 
@@ -36,6 +38,18 @@ def test_compiled_for_every_chip(case, tmp_path, monkeypatch):
             if not used.within(chip):
                 bad[chip, dtype, tile] = used
     assert not bad
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_the_largest_rank_spills_nothing_either(chip, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    case = next(case for case in CASES if case.name == "gram_norms_fwd")
+    for tile in TILES[case.op][CHIPS[chip].tiles]:
+        options = gram_options(MAX_RANK, tile)
+        assert (options["BLOCK_N"], options["num_stages"]) == (tile.n, tile.stages)
+        widest = dataclasses.replace(case, rank=options["BLOCK_R"])
+        used = compile_case(widest, chip, CHIPS[chip].types[0], dataclasses.replace(tile, warps=options["num_warps"]))
+        assert used.within(chip), used
 
 
 def test_every_operation_of_the_tile_table_is_compiled():

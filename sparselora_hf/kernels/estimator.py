@@ -4,6 +4,8 @@ Sums over tokens are written by block and added up afterwards, in a fixed order:
 one seed choose different channels.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -18,6 +20,7 @@ __all__ = [
     "gated_norms",
     "gated_norms_fwd_kernel",
     "gram_norms_fwd_kernel",
+    "gram_options",
     "project_fwd_kernel",
 ]
 
@@ -140,6 +143,12 @@ def _padded(rank: int) -> int:
     return max(16, 1 << (rank - 1).bit_length())
 
 
+def gram_options(rank: int, tile: Tile) -> dict[str, Any]:
+    """Block sizes and options of `gram_norms_fwd_kernel`; the Gram matrix of a large rank spills out of 4 warps."""
+    padded = _padded(rank)
+    return {"BLOCK_N": tile.n, "BLOCK_R": padded, "num_warps": 4 if padded <= 32 else 8, "num_stages": tile.stages}
+
+
 def _project(
     x: torch.Tensor, down: torch.Tensor, tile: Tile, rows: torch.Tensor | None = None, *, gram: bool
 ) -> torch.Tensor:
@@ -196,8 +205,7 @@ def channel_norms(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, tile: T
         len(up),
         up.shape[1],
         up.stride(0),
-        BLOCK_N=norms_tile.n,
-        BLOCK_R=_padded(up.shape[1]),
+        **gram_options(up.shape[1], norms_tile),
     )
     return out
 
