@@ -236,6 +236,29 @@ def test_every_kernel_has_its_group_in_the_profile(bench):
     assert set(groups.values()) == {"sparse kernels", "estimator", "norm and element-wise"}
 
 
+def test_the_profile_counts_a_wait_once_and_copies_of_the_device_not_at_all(bench):
+    def event(key, kernel=False, count=1):
+        device = torch.autograd.DeviceType.CUDA if kernel else torch.autograd.DeviceType.CPU
+        times = {"self_device_time_total": 1e3 * kernel, "self_cpu_time_total": 1e3}
+        return SimpleNamespace(key=key, count=count, device_type=device, is_user_annotation=False, **times)
+
+    cast = "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<TensorListMetadata<2>, CopyFunctor<>>"
+    events = [
+        event("aten::_local_scalar_dense"),
+        event("cudaMemcpyAsync", count=4),
+        event("cudaStreamSynchronize"),
+        event("Memcpy DtoH (Device -> Pinned)", kernel=True),
+        event("Memcpy HtoD (Pinned -> Device)", kernel=True, count=2),
+        event("Memcpy DtoD (Device -> Device)", kernel=True),
+        event(cast, kernel=True),
+    ]
+    times, calls, counts = bench.profile_step.summarise(events, True)
+    assert (counts["waits"], counts["copies between host and device"]) == (1, 3)
+    assert times == {"copy and fill": 4.0}
+    assert calls == {"copy and fill": 5}
+    assert bench.profile_step.summarise(events[:1], False)[2]["waits"] == 1
+
+
 def test_a_machine_without_git_measures_all_the_same(bench, monkeypatch):
     assert bench.step.environment("cpu")["commit"]
 

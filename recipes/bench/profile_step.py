@@ -25,7 +25,7 @@ GROUPS = {
     "attention": ("flash", "fmha", "attention", "sdpa", "softmax"),
     "product": ("gemm", "cutlass", "nvjet", "cublas", "xmma", "aten::mm", "aten::addmm", "aten::bmm"),
     "gather and scatter": ("index", "Index", "gather", "scatter", "cat"),
-    "copy and fill": ("copy", "Memcpy", "Memset", "fill", "zero", "cast"),
+    "copy and fill": ("copy", "CopyFunctor", "Memcpy", "Memset", "fill", "zero", "cast"),
     "optimizer": ("multi_tensor", "foreach", "adam"),
     "norm and element-wise": (
         "elementwise",
@@ -38,7 +38,12 @@ GROUPS = {
         "aten::",
     ),
 }
-WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "aten::_local_scalar_dense")
+# on a GPU an operator that reads a number is among the calls that wait; on a CPU it stands for them
+WAITS = {
+    True: ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize"),
+    False: ("aten::_local_scalar_dense",),
+}
+COPIES = ("Memcpy HtoD", "Memcpy DtoH")  # the call, `cudaMemcpyAsync`, also serves copies within the device
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernelEx")
 
 
@@ -70,8 +75,8 @@ def summarise(events: Iterable, on_gpu: bool) -> tuple[Counter, Counter, dict[st
     times, calls, counts = Counter(), Counter(), Counter()
     for event in events:
         counts["launches"] += event.count if event.key in LAUNCHES else 0
-        counts["waits"] += event.count if event.key in WAITS else 0
-        counts["copies between host and device"] += event.count if event.key == "cudaMemcpyAsync" else 0
+        counts["waits"] += event.count if event.key in WAITS[on_gpu] else 0
+        counts["copies between host and device"] += event.count if event.key.startswith(COPIES) else 0
         time = event.self_device_time_total if on_gpu else event.self_cpu_time_total
         kernel = event.device_type == torch.autograd.DeviceType.CUDA
         if time and kernel == on_gpu and not event.is_user_annotation:  # a region's time is that of its kernels
