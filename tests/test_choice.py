@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from sparselora_hf.kernels import choice
+from sparselora_hf.kernels import choice, runtime
 from sparselora_hf.kernels.choice import OPERATIONS, Choice, choose, shape_key, write_table
 from sparselora_hf.kernels.runtime import blocker, is_exact, numerics
 from sparselora_hf.kernels.tiles import MAX_WIDTH, TILES, chip_of, rotary_tile, row_tile, tile_for
@@ -29,6 +29,7 @@ def gpu(monkeypatch):
 
     def make(capability):
         monkeypatch.setattr("sparselora_hf.kernels.runtime._capability", lambda index: capability)
+        monkeypatch.setattr("sparselora_hf.kernels.runtime._fault", lambda: "")
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         choice._choose.cache_clear()
         choice._measured.cache_clear()
@@ -104,6 +105,29 @@ def test_reasons_for_not_running(gpu, monkeypatch):
     assert "on cpu" in blocker(torch.device("cpu"))
     monkeypatch.setattr("sparselora_hf.kernels.runtime.has_triton", lambda: False)
     assert blocker(device) == "Triton is not installed"
+
+
+class Driver:
+    """Triton's, with or without what it takes to compile itself."""
+
+    def __init__(self, starts):
+        self.active, self.starts = self, starts
+
+    def get_current_target(self):
+        if not self.starts:
+            raise RuntimeError("Failed to find C compiler.")
+
+
+@pytest.mark.parametrize("starts", [True, False])
+def test_no_kernels_where_triton_does_not_start(gpu, monkeypatch, caplog, starts):
+    pytest.importorskip("triton", reason="Triton is there on Linux only")
+    fault = runtime._fault.__wrapped__
+    gpu((9, 0))
+    monkeypatch.setattr("triton.runtime.driver", Driver(starts))
+    monkeypatch.setattr(runtime, "_fault", fault)
+    assert bool(choose("norm", OnGpu(), 4096, 4096)) is starts
+    assert ("Failed to find C compiler" in blocker(torch.device("cuda", 0))) is not starts
+    assert ("goes without its kernels" in caplog.text) is not starts
 
 
 def test_float32_keeps_its_mantissa_unless_torch_was_told_otherwise():

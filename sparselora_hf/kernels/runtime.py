@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import logging
 import os
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 from packaging import version
 
 __all__ = ["blocker", "has_triton", "interpreting", "is_exact", "launch", "numerics"]
+
+logger = logging.getLogger(__name__)
 
 
 @functools.cache
@@ -38,6 +41,20 @@ def blocker(device: torch.device, dtype: torch.dtype | None = None) -> str:
         return f"compute capability {major}.{minor} is below 7.5"
     if dtype == torch.bfloat16 and major < 8:
         return f"compute capability {major}.{minor} has no bfloat16"
+    return _fault()
+
+
+@functools.cache
+def _fault() -> str:
+    """Why Triton does not start: it compiles a module of its own, which takes a C compiler and Python's headers."""
+    try:
+        from triton.runtime import driver
+
+        driver.active.get_current_target()
+    except Exception as error:  # whatever it is, PyTorch needs none of it
+        fault = f"Triton does not start ({error})"
+        logger.warning(f"SparseLoRA goes without its kernels, which costs speed: {fault}.")
+        return fault
     return ""
 
 
