@@ -141,7 +141,7 @@ class Turns:
     """A trainer that trains nothing and has its timer filled."""
 
     def __init__(self, args, variant, model, steps, callbacks):
-        self.timer, self.steps, self.compute_loss = callbacks[0], steps, None
+        self.timer, self.steps, self.compute_loss_context_manager = callbacks[0], steps, None
 
     def train(self):
         self.timer.steps += [0] * self.steps

@@ -62,7 +62,7 @@ SCHEDULES = {
 
 
 class PhaseTimer(StepTimer):
-    """Step timer that also takes the forward pass, by timing the trainer's `compute_loss`.
+    """Step timer that also takes the forward pass and its loss.
 
     On a GPU by events on the device: the host is not made to wait in the middle of a step.
     """
@@ -72,16 +72,15 @@ class PhaseTimer(StepTimer):
         self.forward: list[tuple[Mark, Mark]] = []
 
     def watch(self, trainer) -> None:
-        """Time the forward pass of a trainer, which keeps its own method."""
-        compute_loss = trainer.compute_loss
+        """Time what a trainer does in the contexts of its loss; `compute_loss` stays its own."""
+        contexts = trainer.compute_loss_context_manager
 
-        def timed(*args, **kwargs):
-            start = _mark()
-            loss = compute_loss(*args, **kwargs)
-            self.forward.append((start, _mark()))
-            return loss
+        def timed():
+            stack, start = contexts(), _mark()
+            stack.callback(lambda: self.forward.append((start, _mark())))
+            return stack
 
-        trainer.compute_loss = timed
+        trainer.compute_loss_context_manager = timed
 
     @property
     def forward_seconds(self) -> list[float]:
