@@ -4,7 +4,9 @@
 """
 
 import dataclasses
-from collections.abc import Mapping
+import math
+import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,22 +100,34 @@ class SparseLoraConfig:
     cache_dir: str | None = None
 
     def __post_init__(self) -> None:
-        check_sparsity("mlp_sparsity", self.mlp_sparsity)
-        check_sparsity("attention_sparsity", self.attention_sparsity)
+        for field in ("mlp_sparsity", "attention_sparsity"):
+            check_sparsity(field, getattr(self, field))
+            self._set(field, _plain_sparsity(getattr(self, field)))
         for field, allowed in _CHOICES.items():
             _check_choice(field, getattr(self, field), allowed)
         for field in ("rank", "compensation_rank", "calibration_tokens"):
             _check_positive(field, getattr(self, field))
         if self.score_tokens is not None:
             _check_positive("score_tokens", self.score_tokens)
-        _check_step("start_step", self.start_step)
-        _check_step("end_step", self.end_step)
+        if type(self.seed) is not int:
+            raise TypeError(f"seed: {self.seed!r} must be a whole number.")
+        if not isinstance(self.dense_if_slower, bool):
+            raise TypeError(f"dense_if_slower: {self.dense_if_slower!r} must be True or False.")
+        if self.cache_dir is not None:
+            self._set("cache_dir", _plain_path(self.cache_dir))
+        for field in ("start_step", "end_step"):
+            _check_step(field, getattr(self, field))
+            if isinstance(getattr(self, field), float):
+                self._set(field, float(getattr(self, field)))
         if type(self.start_step) is type(self.end_step) and self.start_step > self.end_step:
             raise ValueError(
                 f"start_step {self.start_step} is after end_step {self.end_step}: no step would be sparse. "
                 "Make start_step the smaller one."
             )
-        object.__setattr__(self, "exact", _exact_names(self.exact))
+        self._set("exact", _exact_names(self.exact))
+
+    def _set(self, field: str, value: object) -> None:
+        object.__setattr__(self, field, value)
 
     @property
     def is_sparse(self) -> bool:
@@ -176,7 +190,7 @@ class SparseLoraConfig:
         values = dict(values)
         preset = values.pop("preset", None)
         known = [field.name for field in dataclasses.fields(cls)]
-        unknown = sorted(set(values) - set(known))
+        unknown = sorted(map(str, set(values) - set(known)))
         if unknown:
             raise ValueError(f"Unknown SparseLoRA setting {', '.join(unknown)}. Settings: preset, {', '.join(known)}.")
         if preset is not None:
@@ -230,13 +244,30 @@ def _check_positive(field: str, value: object) -> None:
 def _check_step(field: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
         raise ValueError(f"{field}: {value!r} must be a fraction in [0, 1] (a float) or a step count (an int).")
+    if value == math.inf:
+        raise ValueError(f"{field}: {value!r} must be finite. 1.0 is the end of the run.")
     if isinstance(value, float) and value > 1:
         raise ValueError(f"{field}: the fraction {value!r} is above 1. Write steps as a whole number, {int(value)}.")
+
+
+# Subclasses of float and paths are fine as settings, but YAML writes neither: they become what it writes.
+
+
+def _plain_sparsity(value: float | Mapping[str, float]) -> float | dict[str, float]:
+    return {key: float(part) for key, part in value.items()} if isinstance(value, Mapping) else float(value)
+
+
+def _plain_path(value: object) -> str:
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"cache_dir: {value!r} must be a path or None.")
+    return os.fspath(value)
 
 
 def _exact_names(value: object) -> tuple[str, ...]:
     if isinstance(value, bool):
         return EXACT_SAVINGS if value else ()
+    if not isinstance(value, Iterable):
+        raise TypeError(f"exact: {value!r} must be True, False or names.")
     names = (value,) if isinstance(value, str) else tuple(value)
     for name in names:
         _check_choice("exact", name, EXACT_SAVINGS)

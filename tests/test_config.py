@@ -1,6 +1,8 @@
 import dataclasses
 import re
+import types
 
+import numpy as np
 import pytest
 import yaml
 
@@ -34,6 +36,18 @@ def test_yaml_round_trip(config, as_folder, tmp_path):
     assert read.to_dict() == config.to_dict()
     assert read.layer_sparsity(8) == config.layer_sparsity(8)
     assert yaml.safe_load(written.read_text()) == config.to_dict()
+
+
+def test_values_that_yaml_does_not_know_become_what_it_writes(tmp_path):
+    """What code computes: numpy's numbers, a path, another mapping. A checkpoint must be able to hold them."""
+    rising = {str(layer): value for layer, value in enumerate(np.linspace(0.25, 0.75, 3))}
+    config = SparseLoraConfig(
+        types.MappingProxyType(rising), np.float64(0.5), start_step=np.float64(0.25), cache_dir=tmp_path
+    )
+    assert SparseLoraConfig.from_yaml(config.to_yaml(tmp_path)) == config
+    assert config == SparseLoraConfig({"0": 0.25, "1": 0.5, "2": 0.75}, 0.5, start_step=0.25, cache_dir=str(tmp_path))
+    rising["0"] = 0.9
+    assert config.mlp_sparsity["0"] == 0.25
 
 
 def test_yaml_of_the_paper(tmp_path):
@@ -139,6 +153,12 @@ WRONG = {
     "kernels": ({"kernels": "cuda"}, ValueError, "kernels: 'cuda' is not one of"),
     "branch": ({"lora_branch": "none"}, ValueError, "lora_branch"),
     "exact": ({"exact": ("padding", "speed")}, ValueError, "exact: 'speed' is not one of"),
+    "exact is neither": ({"exact": None}, TypeError, "exact: None must be True, False or names"),
+    "dense if slower": ({"dense_if_slower": "no"}, TypeError, "dense_if_slower: 'no' must be True or False"),
+    "seed": ({"seed": "x"}, TypeError, "seed: 'x' must be a whole number"),
+    "cache": ({"cache_dir": 3}, TypeError, "cache_dir: 3 must be a path or None"),
+    "endless": ({"end_step": float("inf")}, ValueError, "end_step: inf must be finite"),
+    "key that is no text": ({1: 2}, ValueError, "Unknown SparseLoRA setting 1"),
     "unknown key": ({"mlp_sparsty": 0.9}, ValueError, "Unknown SparseLoRA setting mlp_sparsty.*Settings: preset, mlp"),
     "unknown preset": ({"preset": "llama-9"}, ValueError, "no preset 'llama-9'. Presets: llama-2-13b-csr"),
 }
