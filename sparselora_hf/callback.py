@@ -8,6 +8,7 @@ from transformers.utils import logging
 
 from .attach import sparsify
 from .config import CONFIG_FILE, SparseLoraConfig
+from .decoder import causal_model
 from .families import ModelFamily
 from .handle import SparseLoraHandle
 from .placement import check_engine
@@ -55,10 +56,21 @@ class SparseLoraCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
         """Resolve the schedule against the length of the run; refuse engines that a sparse model does not run in."""
         check_engine(args.n_gpu)
+        if self.handle is not None and causal_model(self.handle.model) not in set(model.modules()):
+            self._leave_other_model()  # `model_init` makes a new one for every run
         self.on_init_end(args, state, control, model)
         if state.global_step and self.handle.config.needs_statistics:
             self._resume(args, state.global_step)
         self.handle.begin_run(state.max_steps, state.global_step)
+
+    def _leave_other_model(self) -> None:
+        if self._config is None:
+            raise ValueError(
+                "SparseLoraCallback was given the handle of another model than the one in training, which would run "
+                "dense. Where the Trainer makes its model itself, by model_init, pass a SparseLoraConfig instead."
+            )
+        self.handle.restore()
+        self.handle = None
 
     def _resume(self, args, step: int) -> None:
         """Start again from the checkpoint's statistics, also where a first try of this run had gathered others."""

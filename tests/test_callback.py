@@ -32,7 +32,7 @@ def rows(n=16):
     return [{key: value[i] for key, value in batch.items()} for i in range(n)]
 
 
-def make_trainer(folder, model, callbacks, **settings):
+def make_trainer(folder, model, callbacks, model_init=None, **settings):
     args = TrainingArguments(
         str(folder),
         **{
@@ -47,7 +47,7 @@ def make_trainer(folder, model, callbacks, **settings):
         }
         | settings,
     )
-    return Trainer(model, args, train_dataset=rows(), eval_dataset=rows(4), callbacks=callbacks)
+    return Trainer(model, args, train_dataset=rows(), eval_dataset=rows(4), model_init=model_init, callbacks=callbacks)
 
 
 def run(folder, config, resume=None, **settings):
@@ -169,6 +169,32 @@ def test_callback_with_a_configuration_leaves_a_plain_model(tmp_path):
         trainer.train()
         assert_untouched(model, before)
         assert losses(trainer)[0] != pytest.approx(losses(plain)[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("added", [False, True], ids=["given to the trainer", "added later"])
+def test_models_that_the_trainer_makes_are_sparse(tmp_path, added):
+    """By `model_init` a Trainer makes a new model for every run: the one that its callbacks met first never trains."""
+    callback, made = SparseLoraCallback(SPARSE), []
+
+    def model_init():
+        made.append(lora_model())
+        return made[-1]
+
+    trainer = make_trainer(tmp_path, None, [] if added else [callback], model_init=model_init)
+    if added:
+        trainer.add_callback(callback)
+    for runs in (1, 2):
+        trainer.train()
+        assert len(made) == 1 + runs
+        figures = [log["sparselora/channel_sparsity"] > 0 for log in trainer.state.log_history if "loss" in log]
+        assert figures == [False] * 2 + [True] * 3 + [False] * 3
+    assert not any("Sparse" in type(module).__name__ for model in made for module in model.modules())
+
+
+def test_handle_of_another_model_is_refused(tmp_path):
+    callback = SparseLoraCallback(sparsify(lora_model(), SPARSE))
+    with pytest.raises(ValueError, match="handle of another model"):
+        make_trainer(tmp_path, lora_model(), [callback]).train()
 
 
 @pytest.mark.parametrize("step", [1, 3])
