@@ -205,7 +205,7 @@ def test_slices_are_gathered_anew_when_what_they_come_from_changes():
         return got
 
     first = through(weights, stand_in)
-    weights.up.mul_(2)  # as merging an adapter does
+    weights.up.mul_(2)  # as loading a checkpoint does
     second = through(weights, stand_in)
     assert not torch.equal(second, first)
     weights.gate_bias.add_(1)

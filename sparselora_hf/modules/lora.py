@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-__all__ = ["has_branch", "ignores_base", "is_plain_lora", "kept_inputs", "kept_outputs"]
+__all__ = ["has_branch", "ignores_base", "is_merged", "is_plain_lora", "kept_inputs", "kept_outputs"]
 
 
 def is_plain_lora(module: nn.Module) -> bool:
@@ -57,6 +57,11 @@ def _branches(module: nn.Module) -> Iterator[tuple[nn.Module, nn.Module, nn.Modu
 def has_branch(module: nn.Module) -> bool:
     """Whether any adapter acts on a projection."""
     return next(_branches(module), None) is not None
+
+
+def is_merged(module: nn.Module) -> bool:
+    """Whether an adapter is merged into a projection's weight; PEFT writes to `data`, which PyTorch does not count."""
+    return bool(getattr(module, "merged", False))
 
 
 def kept_outputs(module: nn.Module, x: torch.Tensor, y: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ from ..views import MlpView, base_linear
 from .classes import link_of
 from .gate import LeanMlp, view_of
 from .linear import is_bare, product_type
-from .lora import has_branch, is_plain_lora, kept_inputs, kept_outputs
+from .lora import has_branch, is_merged, is_plain_lora, kept_inputs, kept_outputs
 
 __all__ = ["SparseMlp"]
 
@@ -124,7 +124,8 @@ class SparseMlp(LeanMlp):
             y = self._with_branches(view, x, selection.narrow, stand_in)
         else:
             kernels = link.state.config.kernels
-            y = kept_mlp(x, view.weights(), selection.narrow, stand_in, kernels, selection.slices)
+            slices = None if any(map(is_merged, view.modules.values())) else selection.slices
+            y = kept_mlp(x, view.weights(), selection.narrow, stand_in, kernels, slices)
         return nn.functional.dropout(y, view.dropout) if view.dropout else y
 
     def _with_branches(

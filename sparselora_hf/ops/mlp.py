@@ -87,7 +87,10 @@ class MlpWeights:
         return 1 if self.gate is None else 2
 
     def state(self) -> list[tuple[int, int]]:
-        """What changes when a weight or a bias does: addresses, and how often each was written to."""
+        """What changes when a weight or a bias does: addresses, and how often each was written to.
+
+        Writes to a tensor's `data` are not counted.
+        """
         parts = (self.gate, self.up, self.down, self.gate_bias, self.up_bias, self.down_bias)
         parts = [p.weight if isinstance(p, QuantisedRows) else p for p in parts]  # asked for its rows, it launches
         stored = [p.tensors()[0] if isinstance(p, QuantisedWeight) else p for p in parts if p is not None]
