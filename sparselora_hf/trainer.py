@@ -196,8 +196,8 @@ class SparseLoraTrainer(SFTTrainer):
 
     def _uses_loss_positions_only(self) -> bool:
         """Whether nothing but predictions at labelled positions is made of the model's output."""
-        if type(self).compute_loss is not SparseLoraTrainer.compute_loss:
-            return False  # a subclass may read anything
+        if getattr(self.compute_loss, "__func__", None) is not SparseLoraTrainer.compute_loss:
+            return False  # a subclass may read anything, and so may a method that this trainer was given
         config = self.model.config
         records = config.output_hidden_states or config.output_attentions
         return self.compute_loss_func is None and not self.aux_loss_enabled and not records

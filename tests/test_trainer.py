@@ -74,16 +74,25 @@ def test_a_batch_without_labels_among_others(tmp_path, config):
         assert_same_run(sparse, dense)
 
 
+def loss_of_all_logits(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+    return logits[inputs["attention_mask"].bool()].logsumexp(-1).square().mean()
+
+
 def test_own_compute_loss_may_read_every_position(tmp_path, monkeypatch):
     """A subclass that makes its own loss of all logits promises nothing about loss positions."""
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
-        return logits[inputs["attention_mask"].bool()].logsumexp(-1).square().mean()
-
     for trainer_class in (DenseTrainer, SparseTrainer):
-        monkeypatch.setattr(trainer_class, "compute_loss", compute_loss, raising=False)
+        monkeypatch.setattr(trainer_class, "compute_loss", loss_of_all_logits, raising=False)
     dense, exact = (trained(tmp_path, config, max_steps=2) for config in (None, SparseLoraConfig()))
+    assert_same_run(exact, dense)
+
+
+def test_compute_loss_given_to_a_trainer_may_read_every_position(tmp_path):
+    dense, exact = (make_trainer(tmp_path, config, max_steps=2) for config in (None, SparseLoraConfig()))
+    for trainer in (dense, exact):
+        trainer.compute_loss = functools.partial(loss_of_all_logits, trainer)
+        trainer.train()
     assert_same_run(exact, dense)
 
 
