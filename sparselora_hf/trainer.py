@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -254,7 +255,8 @@ def _check_before(
     model: object, peft_config: object, config: SparseLoraConfig | None, family: ModelFamily | None
 ) -> ModelFamily | None:
     """Everything that can be said before `SFTTrainer` wraps the model; returns the family of one that is loaded."""
-    if peft_config is not None and "lm_head" in (getattr(peft_config, "target_modules", None) or ()):
+    targets = getattr(peft_config, "target_modules", None) or ()
+    if re.fullmatch(targets, "lm_head") if isinstance(targets, str) else "lm_head" in targets:
         raise ValueError("target_modules: a LoRA adapter on lm_head is not supported. Leave lm_head out.")
     if peft_config is None and not isinstance(model, PeftModel):
         raise ValueError(

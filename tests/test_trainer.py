@@ -122,6 +122,12 @@ def test_adapters_made_by_the_trainer(tmp_path):
     assert_same_run(runs[1], runs[0])
 
 
+def test_adapters_by_a_pattern_that_names_the_head_to_leave_it_out(tmp_path):
+    peft_config = LoraConfig(r=4, target_modules=r"(?!lm_head).*\.[qv]_proj", task_type="CAUSAL_LM")
+    trainer = trained(tmp_path, SparseLoraConfig(), model=tiny_model(), peft_config=peft_config, max_steps=1)
+    assert len(trainer.recorder.gradients[0]) == 12
+
+
 # sparse steps
 
 
@@ -262,6 +268,7 @@ WRONG = {
     "no labels": ({"data": NO_LABELS}, "No token of the first 4 training examples carries a label"),
     "no LoRA": ({"model": tiny_model}, "carries none. Pass peft_config"),
     "lm_head": ({"model": tiny_model, "peft_config": LoraConfig(target_modules=["lm_head", "q_proj"])}, "lm_head"),
+    "lm_head in a pattern": ({"model": tiny_model, "peft_config": LoraConfig(target_modules="lm_.*")}, "lm_head"),
     "layers": ({"config": SparseLoraConfig({"7": 0.5})}, "layer 7 does not exist"),
     "layers of a plain model": ({"model": tiny_model, "config": SparseLoraConfig({"7": 0.5}), **LORA}, "layer 7"),
     "rank": ({"config": SPARSE.replace(rank=100)}, "rank: 100 exceeds"),
