@@ -17,6 +17,7 @@ from helpers import (
 )
 from peft import LoraConfig
 from training import Collator, DenseTrainer, SparseTrainer, assert_same_run, examples, make_trainer, metrics, trained
+from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from sparselora_hf import SparseLoraConfig, SparseLoraTrainer
@@ -126,6 +127,32 @@ def test_adapters_by_a_pattern_that_names_the_head_to_leave_it_out(tmp_path):
     peft_config = LoraConfig(r=4, target_modules=r"(?!lm_head).*\.[qv]_proj", task_type="CAUSAL_LM")
     trainer = trained(tmp_path, SparseLoraConfig(), model=tiny_model(), peft_config=peft_config, max_steps=1)
     assert len(trainer.recorder.gradients[0]) == 12
+
+
+class Unfreeze(TrainerCallback):
+    """Lets what was frozen train from the second step on."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        for name, parameter in model.named_parameters():
+            if self.name in name:
+                parameter.requires_grad_(True)
+
+
+@pytest.mark.parametrize("name", ["embed_tokens", "layers.0.self_attn.q_proj.lora_A"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+def test_what_is_unfrozen_below_while_training_goes_on_has_a_gradient(tmp_path, name, checkpointing):
+    runs = []
+    for config in (None, SparseLoraConfig()):
+        model = lora_model()
+        model.get_base_model().model.layers[0].requires_grad_(False)
+        settings = {"callbacks": [Unfreeze(name)], "gradient_checkpointing": checkpointing, "max_steps": 3}
+        runs.append(trained(tmp_path, config, model=model, **settings))
+    assert_same_run(runs[1], runs[0])
+    assert not any(name in each for each in runs[1].recorder.gradients[0])
+    assert any(name in each and gradient.any() for each, gradient in runs[1].recorder.gradients[1].items())
 
 
 # sparse steps

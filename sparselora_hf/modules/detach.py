@@ -14,7 +14,10 @@ __all__ = ["DetachHook"]
 
 
 class DetachHook:
-    """Forward pre-hook: hidden states enter the layer without a gradient while a planned batch is under way."""
+    """Forward pre-hook: hidden states enter the layer without a gradient while a planned batch is under way.
+
+    Unless a parameter has a part in them: what is below may be unfrozen, or given an adapter, while training goes on.
+    """
 
     def __init__(self, state: SparseState) -> None:
         self.state = state
@@ -26,6 +29,19 @@ class DetachHook:
     @torch.compiler.disable
     def __call__(self, module: nn.Module, args: tuple) -> tuple | None:
         """Replace the layer's hidden states, its first argument."""
-        if self.state.batch is None or not args or is_reentrant(module):
+        if self.state.batch is None or not args or is_reentrant(module) or _reaches_parameter(args[0]):
             return None
         return (args[0].detach(), *args[1:])
+
+
+def _reaches_parameter(x: torch.Tensor) -> bool:
+    """Whether the gradient of a tensor is a parameter's too; that of an input made to require one is nobody's."""
+    nodes = [x.grad_fn] if x.grad_fn is not None else []
+    seen = set(nodes)
+    while nodes:
+        node = nodes.pop()
+        if isinstance(getattr(node, "variable", None), nn.Parameter):
+            return True
+        nodes += (new := {parent for parent, _ in node.next_functions if parent is not None} - seen)
+        seen |= new
+    return False
