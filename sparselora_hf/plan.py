@@ -145,8 +145,14 @@ class TokenPlan:
         """Share of context tokens among those that are not padding."""
         return len(self.context) / max(1, self.tokens)
 
-    def to(self, device: torch.device) -> "TokenPlan":
-        """The same plan with its rows on a device, in one copy that the host does not wait for."""
+    def to(self, device: torch.device, non_blocking: bool = True) -> "TokenPlan":
+        """The same plan with its rows on a device, in one copy that the host does not wait for.
+
+        Args:
+            device: the device.
+            non_blocking: of no effect. A `BatchEncoding`, as collators give that pad by a tokenizer, moves all that it
+                holds as if they were tensors.
+        """
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         rows = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
         moved = to_device(torch.cat(list(rows.values())), device).split([len(value) for value in rows.values()])

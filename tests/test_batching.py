@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 from helpers import SPARSE
 from training import Collator, assert_same_run, chat_tokenizer, examples, trained
+from transformers import DataCollatorForSeq2Seq
 
 from sparselora_hf import SparseLoraConfig
 
@@ -97,6 +98,7 @@ ROWS = {
     "loss_type dft": Row({"loss_type": "dft"}),
     "compute_loss_func": Row({"compute_loss_func": own_loss}),
     "custom collator": Row({"data_collator": Collator("right")}),
+    "collator that pads by the tokenizer": Row({"data_collator": DataCollatorForSeq2Seq(chat_tokenizer())}),
     "worker processes": Row({"dataloader_num_workers": 1, "dataloader_prefetch_factor": 2}),
     "auto_find_batch_size": Row({"auto_find_batch_size": True}),
     "truncation": Row(PREPARED | {"max_length": 9, "truncation_mode": "keep_end"}, completions),
