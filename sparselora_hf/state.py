@@ -129,6 +129,7 @@ class SparseState:
         self.withheld: dict[str, str] = {}  # exact savings that the model does not allow, and why
         self.batch: ActiveBatch | None = None
         self.pinned = False  # the trainer began the batch: forwards leave it alone
+        self.pinned_to: tuple[torch.Tensor, ActiveBatch] | None = None  # but those of other tokens than these
         self.set_aside: list[ActiveBatch | None] = []  # batches that wait for forwards without gradients to end
         self.compact = False  # the decoder's final norm passes loss rows on and no others
         self.step = 0
@@ -202,6 +203,7 @@ class SparseState:
         self.set_aside.clear()
         self._fixed.clear()
         self.enabled = self.pinned = self.compact = False
+        self.pinned_to = None
 
 
 @dataclasses.dataclass

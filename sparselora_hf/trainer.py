@@ -166,12 +166,15 @@ class SparseLoraTrainer(SFTTrainer):
         plan = inputs.pop(PLAN_KEY, None) or _plan_of(inputs, self.sparse_config.token_rule)
         if plan is None:
             return super().training_step(model, inputs, *args, **kwargs)
-        state.begin(plan, self.sparse_handle.device, loss_only=self._uses_loss_positions_only())
+        loss_only = self._uses_loss_positions_only()
+        batch = state.begin(plan, self.sparse_handle.device, loss_only=loss_only)
         state.pinned = True
+        if not loss_only and "input_ids" in inputs:  # a loss of one's own may run the model on other tokens too
+            state.pinned_to = inputs["input_ids"], batch
         try:
             return super().training_step(model, inputs, *args, **kwargs)
         finally:
-            state.pinned = False
+            state.pinned, state.pinned_to = False, None
             state.end()
 
     def compute_loss(

@@ -11,6 +11,7 @@ from helpers import (
     assert_same,
     assert_untouched,
     lora_model,
+    make_batch,
     relative_error,
     snapshot,
     tiny_model,
@@ -87,6 +88,31 @@ def test_own_compute_loss_may_read_every_position(tmp_path, monkeypatch):
         monkeypatch.setattr(trainer_class, "compute_loss", loss_of_all_logits, raising=False)
     dense, exact = (trained(tmp_path, config, max_steps=2) for config in (None, SparseLoraConfig()))
     assert_same_run(exact, dense)
+
+
+@pytest.mark.parametrize("width", [12, 16], ids=["another shape", "the same shape"])
+def test_own_compute_loss_may_run_the_model_on_other_tokens(tmp_path, monkeypatch, width):
+    """A term of other data, before or after the batch's own loss: each forward has the plan of its own labels."""
+    other = make_batch((width - 3, 2, 4, 6), (3, 2, 3, 4), seed=5)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        own = super(type(self), self).compute_loss
+        before = model(**other).loss
+        return own(model, inputs, return_outputs, num_items_in_batch) + before - model(**other).loss / 2
+
+    for trainer_class in (DenseTrainer, SparseTrainer):
+        monkeypatch.setattr(trainer_class, "compute_loss", compute_loss, raising=False)
+    data = examples(8, prompt=(13, 13), answer=(3, 3))
+    settings = {"data": data, "max_steps": 3}
+    dense, exact = (trained(tmp_path, config, **settings) for config in (None, SparseLoraConfig()))
+    assert_same_run(exact, dense)
+    config = SPARSE.replace(start_step=1)
+    for checkpointing in (False, True):
+        plain, saving = (
+            trained(tmp_path, config.replace(exact=exact), gradient_checkpointing=checkpointing, **settings)
+            for exact in (False, True)
+        )
+        assert_same_run(saving, plain)
 
 
 def test_compute_loss_given_to_a_trainer_may_read_every_position(tmp_path):

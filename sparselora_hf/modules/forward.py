@@ -15,9 +15,9 @@ logger = logging.get_logger(__name__)
 class ForwardHook:
     """Pair of hooks around the model's forward.
 
-    A training forward with `labels` starts a batch, unless the trainer began one already. The labels are those of
-    tokens, or of whole sequences where the model classifies from the state of one token. A forward without gradients
-    is dense, whatever the mode; the batch under way comes back after it, for recomputation.
+    A training forward with `labels` starts a batch, unless the trainer began one already for its tokens. The labels
+    are those of tokens, or of whole sequences where the model classifies from the state of one token. A forward
+    without gradients is dense, whatever the mode; the batch under way comes back after it, for recomputation.
     """
 
     def __init__(self, state: SparseState) -> None:
@@ -40,7 +40,7 @@ class ForwardHook:
         self.state.set_aside.append(self.state.batch)
         if not module.training or not torch.is_grad_enabled():
             self.state.end()
-        elif not self.state.pinned:
+        elif not self.state.pinned or not self._is_pinned(kwargs.get("input_ids")):
             self._begin(module, kwargs)
 
     @torch.compiler.disable
@@ -49,6 +49,16 @@ class ForwardHook:
         before = self.state.set_aside.pop() if self.state.set_aside else None
         if self.state.batch is None:
             self.state.batch = before
+
+    def _is_pinned(self, tokens: torch.Tensor | None) -> bool:
+        """Whether these tokens are those of the batch that the trainer began, which then is in hand again."""
+        if self.state.pinned_to is None:
+            return True
+        own, batch = self.state.pinned_to
+        is_own = tokens is own or (tokens is not None and torch.equal(tokens.to(own.device), own))
+        if is_own:
+            self.state.batch = batch
+        return is_own
 
     def _begin(self, module: nn.Module, kwargs: dict) -> None:
         labels = kwargs.get("labels")
