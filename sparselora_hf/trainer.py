@@ -3,6 +3,7 @@
 import inspect
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from .versions import SUPPORTED, check_versions
 __all__ = ["SparseLoraTrainer"]
 
 logger = logging.get_logger(__name__)
+
+_MARKS_KEY = f"{PLAN_KEY}_marks"
 
 _PAPER = {
     "title": "SparseLoRA: Accelerating LLM Fine-Tuning with Contextual Sparsity",
@@ -160,12 +163,25 @@ class SparseLoraTrainer(SFTTrainer):
             if name in dtypes:
                 parameter.data = parameter.data.to(dtypes[name])
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any):
+        """Batches as `Trainer` takes them, each with a mark of what its plan was made from."""
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        for batch in batches:
+            if PLAN_KEY in batch:
+                batch[_MARKS_KEY] = _marks(batch)
+        return batches, items
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """One micro-batch, forward and backward, under its token plan."""
         state = self.sparse_handle.state
-        plan = inputs.pop(PLAN_KEY, None) or _plan_of(inputs, self.sparse_config.token_rule)
-        if plan is None:
-            return super().training_step(model, inputs, *args, **kwargs)
+        plan, marks = inputs.pop(PLAN_KEY, None), inputs.pop(_MARKS_KEY, None)
+        if plan is None or not (marks is None or _are_as_marked(inputs, marks)):  # a subclass may change a batch
+            plan = _plan_of(inputs, self.sparse_config.token_rule)
+        if plan is None or not self._has_own("_prepare_inputs"):  # or be about to: then each forward makes its plan
+            try:
+                return super().training_step(model, inputs, *args, **kwargs)
+            finally:
+                state.end()
         loss_only = self._uses_loss_positions_only()
         batch = state.begin(plan, self.sparse_handle.device, loss_only=loss_only)
         state.pinned = True
@@ -198,10 +214,14 @@ class SparseLoraTrainer(SFTTrainer):
         smoothed = self.label_smoother is not None and self.args.loss_type == "nll"
         return "logits" in batch.savings and not smoothed
 
+    def _has_own(self, method: str) -> bool:
+        """Whether a method is this class's, not that of a subclass or one that others gave this trainer."""
+        return getattr(getattr(self, method), "__func__", None) is getattr(SparseLoraTrainer, method)
+
     def _uses_loss_positions_only(self) -> bool:
         """Whether nothing but predictions at labelled positions is made of the model's output."""
-        if getattr(self.compute_loss, "__func__", None) is not SparseLoraTrainer.compute_loss:
-            return False  # a subclass may read anything, and so may a method that this trainer was given
+        if not self._has_own("compute_loss"):
+            return False  # another may read anything
         config = self.model.config
         records = config.output_hidden_states or config.output_attentions
         return self.compute_loss_func is None and not self.aux_loss_enabled and not records
@@ -252,6 +272,21 @@ def _plan_of(inputs: dict[str, Any], token_rule: str) -> TokenPlan | None:
     if "labels" not in inputs:
         return None
     return TokenPlan.from_batch(inputs["labels"], inputs.get("attention_mask"), inputs.get("position_ids"), token_rule)
+
+
+_Marks = list[tuple[Any, int]]
+
+
+def _marks(inputs: Mapping[str, Any]) -> _Marks:
+    """What a batch's plan is made from: each tensor, and how often it was written to."""
+    tensors = (inputs.get(name) for name in ("labels", "attention_mask", "position_ids"))
+    return [(tensor, getattr(tensor, "_version", 0)) for tensor in tensors]
+
+
+def _are_as_marked(inputs: Mapping[str, Any], marks: _Marks) -> bool:
+    """Whether no tensor was exchanged or written to."""
+    pairs = zip(_marks(inputs), marks, strict=True)
+    return all(now is before and writes == seen for (now, writes), (before, seen) in pairs)
 
 
 def _check_before(

@@ -8,6 +8,7 @@ from helpers import (
     ATTENTION,
     MLP,
     SPARSE,
+    VOCAB,
     assert_same,
     assert_untouched,
     lora_model,
@@ -88,6 +89,44 @@ def test_own_compute_loss_may_read_every_position(tmp_path, monkeypatch):
         monkeypatch.setattr(trainer_class, "compute_loss", loss_of_all_logits, raising=False)
     dense, exact = (trained(tmp_path, config, max_steps=2) for config in (None, SparseLoraConfig()))
     assert_same_run(exact, dense)
+
+
+def fewer_labels(batch):
+    """The first example gone, and half of the labels of the others."""
+    batch = {name: value[1:] if torch.is_tensor(value) else value for name, value in batch.items()}
+    batch["labels"] = batch["labels"].masked_fill(batch["labels"] > VOCAB // 2, -100)
+    return batch
+
+
+def changed_in_training_step(own):
+    return lambda self, model, inputs, *args: own(self, model, fewer_labels(inputs), *args)
+
+
+def changed_in_prepare_inputs(own):
+    return lambda self, inputs: fewer_labels(own(self, inputs))
+
+
+def changed_in_get_batch_samples(own):
+    def get_batch_samples(self, *args):
+        batches, items = own(self, *args)
+        return [fewer_labels(batch) for batch in batches], items
+
+    return get_batch_samples
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("change", [changed_in_training_step, changed_in_prepare_inputs, changed_in_get_batch_samples])
+def test_batches_that_a_subclass_changes(tmp_path, monkeypatch, change, checkpointing):
+    name = change.__name__.removeprefix("changed_in")
+    name = name if hasattr(SFTTrainer, name) else name.removeprefix("_")
+    for trainer_class in (DenseTrainer, SparseTrainer):
+        monkeypatch.setattr(trainer_class, name, change(getattr(trainer_class, name)), raising=False)
+    settings = {"max_steps": 3, "gradient_checkpointing": checkpointing}
+    configs = None, SparseLoraConfig(), SPARSE.replace(exact=False), SPARSE
+    dense, exact, plain, saving = (trained(tmp_path, config, **settings) for config in configs)
+    assert_same_run(exact, dense)
+    assert_same_run(saving, plain)
+    assert max(metrics(saving, "sparselora/channel_sparsity")) > 0.5
 
 
 @pytest.mark.parametrize("width", [12, 16], ids=["another shape", "the same shape"])
