@@ -1,11 +1,13 @@
 """Views of a decoder layer: its projections by role, whatever the family calls them, seen through LoRA layers."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.activations import ACT2FN
 
 from .channels import ChannelSelection, HeadLayout, Share
 from .families import ModelFamily
@@ -39,6 +41,19 @@ def part_of(module: nn.Module, family: ModelFamily, field: str) -> Any:
             f"ModelFamily {family.name!r}: {type(module).__name__} has no {getattr(family, field)!r}, which the "
             f"family gives as {field}. It has {there}. Describe the family with ModelFamily(..., {field}=...)."
         ) from None
+
+
+def _activation(mlp: nn.Module, family: ModelFamily) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The activation of an MLP; where a fused one of another library has none, that of its configuration."""
+    name = getattr(getattr(mlp, "config", None), "hidden_act", None)
+    if hasattr(mlp, family.activation) or name is None:
+        return part_of(mlp, family, "activation")
+    return _activation_of_name(name)
+
+
+@functools.cache
+def _activation_of_name(name: str) -> nn.Module:
+    return ACT2FN[name]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,14 +126,14 @@ class MlpView:
         else:
             inputs = {role: Projection(modules[role]) for role in roles}
         dropout = part_of(mlp, family, "dropout") if family.dropout else 0.0
-        return cls(inputs, Projection(modules["down"]), part_of(mlp, family, "activation"), dropout, modules)
+        return cls(inputs, Projection(modules["down"]), _activation(mlp, family), dropout, modules)
 
     def is_of(self, mlp: nn.Module, family: ModelFamily) -> bool:
         """Whether this is what `of` would make of a module now."""
         named = mlp._modules
         return (
             all(named.get(getattr(family, role)) is module for role, module in self.modules.items())
-            and part_of(mlp, family, "activation") is self.activation
+            and _activation(mlp, family) is self.activation
             and (not family.dropout or part_of(mlp, family, "dropout") == self.dropout)
         )
 

@@ -10,6 +10,7 @@ from helpers import (
     differs,
     lora_model,
     loss_and_gradients,
+    relative_error,
     snapshot,
     sparse_result,
     tiny_model,
@@ -260,3 +261,52 @@ def test_adapter_added_after_freezing_lower_layers(batch):
     assert_same(sparse_result(model, batch, SparseLoraConfig(exact=True)), want)
     plain, exact = (sparse_result(model, batch, SPARSE.replace(exact=e)) for e in (False, True))
     assert_same(exact, plain)
+
+
+@pytest.mark.parametrize("exact", [False, True], ids=["plain", "exact"])
+@pytest.mark.parametrize("part", ["mlp", "self_attn"])
+def test_a_part_that_is_unfrozen_later_is_dense(batch, part, exact):
+    """The products on kept channels give a weight no gradient."""
+
+    def unfreeze(model):
+        for linear in getattr(model.base_model.model.model.layers[1], part).modules():
+            if type(getattr(linear, "base_layer", linear)).__name__.endswith("Linear"):
+                getattr(linear, "base_layer", linear).weight.requires_grad_(True)
+
+    plain, model = lora_model(), lora_model()
+    config = SPARSE.replace(mlp_sparsity=0.0, attention_sparsity=0.0, exact=exact)
+    config = config.replace(**{"mlp_sparsity" if part == "mlp" else "attention_sparsity": {"1": 0.5}})
+    unfreeze(plain)
+    want = loss_and_gradients(plain, batch)
+    with sparsify(model, config) as handle:
+        handle.set_enabled(True)
+        before = loss_and_gradients(model, batch)
+        unfreeze(model)
+        got = loss_and_gradients(model, batch)
+    assert relative_error(before[0], want[0]) > 1e-3
+    assert len(got[1]) > len(before[1])
+    assert_same(got, want)
+
+
+def test_a_fused_mlp_of_another_library_has_the_activation_of_its_configuration(batch):
+    """Liger's, which takes the place of the family's class for the rest of the process, keeps none of its own."""
+
+    class Fused(nn.Module):
+        def __init__(self, config, mlp):
+            super().__init__()
+            self.config = config
+            self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+
+        def forward(self, x):
+            return self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+    plain, model = lora_model(), lora_model()
+    for layer in model.base_model.model.model.layers:
+        layer.mlp = Fused(model.base_model.model.config, layer.mlp)
+    results = []
+    for each in (plain, model):
+        with sparsify(each, SPARSE) as handle:
+            assert repr(handle) == "SparseLoraHandle(3 sparse, 3 exact, 0 dense)"
+            handle.set_enabled(True)
+            results.append(loss_and_gradients(each, batch))
+    assert_same(*results)

@@ -24,7 +24,7 @@ class SparseLinear(Patched):
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """``[..., in]`` to ``[..., out]``; rows that the batch does not need come back as zero."""
         rows = _rows(self, x)
-        if rows is None:
+        if rows is None or self.weight.requires_grad:  # unfrozen since: the sparse product gives it no gradient
             return self.dense_forward(x, *args, **kwargs)
         dtype = product_type(x, self.weight)
         if not (args or kwargs) and is_bare(self, dtype):

@@ -38,7 +38,7 @@ class SparseMlp(LeanMlp):
             frozen = None if args or kwargs else self._frozen(x)
             if frozen is not None:
                 return mixed_mlp(x, frozen, rows.dense, functools.partial(self._select, rows))
-            if not self._branches_are_plain():
+            if not self._can_be_sparse():
                 return self.dense_forward(x, *args, **kwargs)
         flat = x.reshape(-1, x.shape[-1])
         if not len(rows.sparse):
@@ -74,8 +74,10 @@ class SparseMlp(LeanMlp):
         selection = self._selection(view_of(self), x, rows)
         return selection.narrow, selection.slices
 
-    def _branches_are_plain(self) -> bool:
-        return all(is_plain_lora(module) for module in view_of(self).modules.values())
+    def _can_be_sparse(self) -> bool:
+        """Whether adapters are plain, and weights frozen still: products on kept channels give them no gradient."""
+        modules = view_of(self).modules.values()
+        return all(is_plain_lora(module) and not base_linear(module).weight.requires_grad for module in modules)
 
     def _led_by_output(self, whole: torch.Tensor, few: torch.Tensor, rows: Rows, *args, **kwargs) -> tuple:
         """Sparse and dense rows, on the channels that the activations of the dense ones ``few`` ask for.
