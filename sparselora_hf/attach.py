@@ -128,7 +128,10 @@ def attach(
     if obstacle:
         raise ValueError(f'kernels: "triton" cannot be had: {obstacle}. Use "auto", which takes Triton where it can.')
     if any(isinstance(module, Patched) for module in model.modules()):
-        raise ValueError("The model is sparse already. Call restore() on its handle first.")
+        raise ValueError(
+            "The model is sparse already. Call restore() on its handle first: trainer.sparse_handle of the trainer "
+            "before, or what sparsify returned."
+        )
     text_config = causal_model(model).config.get_text_config()
     normalised = family.normalises_queries(text_config)
     layers = list(decoder_layers(model, config, family))
