@@ -46,6 +46,8 @@ _FINDINGS = (
 STUDIES = {  # subject, steps and settings of a table of trainings
     "quality": ("babyllama361", 80, (*_MAIN, "svd_mean@0.9", "random@0.9", *_EQUAL)),
     "quality-97": ("babyllama361-97", 80, (*_FAR, "output+r32@0.97, attention 0.75", "svd@0.9")),
+    "quality-long": ("babyllama361", 160, (*_MAIN, "svd_mean@0.9", "random@0.9")),
+    "quality-97-long": ("babyllama361-97", 160, (*_FAR, "output+r32@0.97, attention 0.75", "svd@0.9")),
     "quality-findings": ("babyllama361", 80, _FINDINGS),
     "quality-attention": ("babyllama361", 80, _ATTENTION),
 }
