@@ -192,7 +192,7 @@ def test_restore_leaves_nothing():
 
 
 def test_they_are_quick(model):
-    """A tenth of the time on a large model; a third here, so that no noise fails it."""
+    """An eighth of the time on a large model; a third here, so that no noise fails it."""
 
     def seconds(walk):
         walk()
