@@ -9,6 +9,8 @@ import functools
 
 import torch
 
+from .ops.mlp import Slices
+
 __all__ = ["ChannelSelection", "HeadLayout", "Share", "top_channels"]
 
 _TOGETHER = 16  # channels of 16 bits that a GPU reads at once
@@ -76,12 +78,12 @@ class Share:
 class ChannelSelection:
     """One kept set: ``narrow`` are its channels at kv (or MLP) width, ``wide`` at query width; both int64.
 
-    ``slices`` is for what is gathered of the weights for it.
+    ``slices`` is what was gathered of an MLP's weights for it.
     """
 
     narrow: torch.Tensor
     wide: torch.Tensor
-    slices: dict = dataclasses.field(default_factory=dict, repr=False, compare=False)
+    slices: Slices = dataclasses.field(default_factory=Slices, repr=False, compare=False)
 
     @classmethod
     def of(cls, index: torch.Tensor, layout: HeadLayout | None = None) -> "ChannelSelection":

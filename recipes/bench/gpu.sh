@@ -71,7 +71,7 @@ add() { # add PROTOCOL BATCH ARGUMENTS...: one more measurement of the step benc
 run parity 90 $interpret "$python" -m pytest -q --tb=short --maxfail=20 -p no:cacheprovider $parallel $parity
 bench kernels 60 kernel_times --csv "$out/kernels-$device.csv" $times
 # the four protocols against untouched SFTTrainer; a stand-in in every layer, whatever quality it has; other batches;
-# the paper's schedule in whole, with what would not pay
+# the paper's schedule in whole, with what would not pay; the stand-in again where the device has enough to do
 two="--variants sft sparse"
 add math 8
 add math 16 $two
@@ -81,6 +81,7 @@ add wizard 2 $two
 add csr 8 $two --sparse "$all" --csv "$out/step-stand-in-$device.csv"
 add math 1 $two
 add math 8 $two --sparse "$whole" --csv "$out/step-whole-$device.csv"
+add csr 16 $two --sparse "$all" --csv "$out/step-stand-in-$device.csv"
 bench step 200 step --variants sft exact sparse $large $turns --csv "$out/step-$device.csv" "${steps[@]}"
 # where its time goes, and how often the sparse step launches and waits
 protocol math 8

@@ -93,12 +93,23 @@ def branch_backward(
     return torch.addmm(b, grad.t(), hidden, beta=0, alpha=scaling)
 
 
-def cast(tensors: Sequence[torch.Tensor | None], dtypes: Sequence[torch.dtype]) -> list[torch.Tensor | None]:
-    """Tensors in the types given, by one launch a type on a GPU; those of the type already, and None, as they are."""
-    casts = [
-        tensor if tensor is None or tensor.dtype is dtype else torch.empty_like(tensor, dtype=dtype)
-        for tensor, dtype in zip(tensors, dtypes, strict=True)
-    ]
+def cast(
+    tensors: Sequence[torch.Tensor | None], dtypes: Sequence[torch.dtype], places: Sequence[torch.Tensor] = ()
+) -> list[torch.Tensor | None]:
+    """Tensors in other types, by one launch a type on a GPU.
+
+    Args:
+        tensors: any of them may be None.
+        dtypes: of each.
+        places: where the first of them go.
+
+    Returns:
+        The tensors; those of their type already, and None, as they are.
+    """
+    casts = list(places)
+    for tensor, dtype in zip(tensors[len(places) :], dtypes[len(places) :], strict=True):
+        same = tensor is None or tensor.dtype is dtype
+        casts.append(tensor if same else torch.empty_like(tensor, dtype=dtype))
     pairs = [(new, old) for new, old in zip(casts, tensors, strict=True) if new is not old]
     for dtype in dict.fromkeys(new.dtype for new, _ in pairs):  # some versions write as if all were of the first's
         alike = [pair for pair in pairs if pair[0].dtype is dtype]

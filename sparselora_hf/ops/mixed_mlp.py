@@ -51,7 +51,7 @@ class _MixedIn(torch.autograd.Function):
         hidden, way = activate(products, mlp.kind, mlp.kernels)  # [A, N]
         index, slices = select(flat, few, hidden)
         kept_way = choose("mlp", flat, flat.shape[1], index.shape[0], mlp.kernels)
-        kept = KeptChannels(mlp.weights, index, mlp.stand_in, kept_way, slices)
+        kept = KeptChannels.of(mlp.weights, index, mlp.stand_in, kept_way, slices)
         wide, kept_hidden = kept.enter(flat)  # [T, 2K], [T, K + r]
         ctx.save_for_backward(*products, wide)
         ctx.kept = kept, way, mlp, rows, x.shape, x.dtype
@@ -100,8 +100,7 @@ def mixed_mlp(
         mlp: the MLP.
         rows: int64 ``[A]``.
         select: from all rows ``[T, H]``, those with all channels ``[A, H]`` and their activations ``[A, N]`` to the
-            channels to keep, int64 ``[K]``, distinct, and `kept_mlp`'s dictionary of their slices. It is called
-            without gradients.
+            channels to keep, int64 ``[K]``, distinct, and their slices, or None. It is called without gradients.
 
     Returns:
         ``[..., H]``, in the MLP's type. Differentiable in ``x``.

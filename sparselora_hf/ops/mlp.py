@@ -8,7 +8,6 @@ A plain MLP has no gate: its activation is that of ``x U_Kᵀ``.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -166,14 +165,26 @@ class KeptChannels(NamedTuple):
         index: int64 ``[K]``, distinct.
         stand_in: what takes the place of the dropped channels, or None.
         way: of kernels.
-        slices: those of the same channels from earlier calls; None keeps none.
+        gathered: slices of the same channels from earlier calls; None keeps none.
     """
 
     weights: MlpWeights
     index: torch.Tensor
     stand_in: StandIn | None
     way: Choice
-    slices: "Slices | None" = None
+    gathered: "Gathered | None" = None
+
+    @classmethod
+    def of(
+        cls,
+        weights: MlpWeights,
+        index: torch.Tensor,
+        stand_in: StandIn | None,
+        way: Choice,
+        slices: "Slices | None" = None,
+    ) -> "KeptChannels":
+        """With the slices that are known of a set; None knows none and keeps none."""
+        return cls(weights, index, stand_in, way, None if slices is None else slices.of(weights, index, stand_in))
 
     def enter(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """``[T, H]`` to the products ``[T, M K]`` that `enter_backward` needs, and activations ``[T, K + r]``."""
@@ -239,19 +250,34 @@ class KeptChannels(NamedTuple):
         return grad @ self._gather("gather_out", grad.dtype).t()
 
     def _gather(self, method: str, dtype: torch.dtype) -> torch.Tensor | None:
-        """What a method of the weights gathers; of few channels it is kept for as long as nothing changes."""
-        gather = functools.partial(getattr(self.weights, method), self.index, self.stand_in, dtype, self.way)
-        if self.slices is None or self.index.shape[0] > _FEW * self.weights.up.shape[0]:
-            return gather()
-        key, state = (method, dtype), self.weights.state()
-        known = self.slices.get(key)
-        if known is None or known[0] != state or known[1] is not self.stand_in:
-            known = self.slices[key] = state, self.stand_in, gather()
-        return known[2]
+        """What a method of the weights gathers; of few channels it is kept."""
+        known, key = self.gathered, (method, dtype)
+        if known is not None and key in known:
+            return known[key]
+        result = getattr(self.weights, method)(self.index, self.stand_in, dtype, self.way)
+        if known is not None:
+            known[key] = result
+        return result
 
 
-# by the method that gathered and the type: the state of the weights and the stand-in it gathered from, and its result
-Slices = dict[tuple[str, torch.dtype], tuple[list, StandIn | None, torch.Tensor | None]]
+Gathered = dict[tuple[str, torch.dtype], torch.Tensor | None]  # by the method that gathered, and the type
+
+
+class Slices:
+    """What was gathered of the weights of an MLP for one channel set, as long as nothing changes."""
+
+    def __init__(self) -> None:
+        self._source: tuple[list[tuple[int, int]], StandIn | None] | None = None
+        self._gathered: Gathered = {}
+
+    def of(self, weights: MlpWeights, index: torch.Tensor, stand_in: StandIn | None) -> Gathered | None:
+        """What is known, and is to be kept; None where the set is of too many channels for that."""
+        if index.shape[0] > _FEW * weights.up.shape[0]:
+            return None
+        state = weights.state()
+        if self._source is None or self._source[0] != state or self._source[1] is not stand_in:
+            self._source, self._gathered = (state, stand_in), {}  # what is under way keeps the old ones
+        return self._gathered
 
 
 def _affine(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -312,11 +338,12 @@ def kept_mlp(
         index: int64 ``[K]``, distinct; empty only with a stand-in.
         stand_in: what takes the place of the dropped channels, or None.
         kernels: as in `SparseLoraConfig`.
-        slices: a dictionary that belongs to the index: slices of few channels are kept in it; None keeps none.
+        slices: those of the index: of few channels they are kept; None keeps none.
 
     Returns:
         ``[T, H]``. Differentiable in ``x``.
     """
     x = x.to(compute_dtype(x, weights.up))
-    kept = KeptChannels(weights, index, stand_in, choose("mlp", x, x.shape[1], len(index), kernels), slices)
+    way = choose("mlp", x, x.shape[1], len(index), kernels)
+    kept = KeptChannels.of(weights, index, stand_in, way, slices)
     return _KeptOut.apply(_KeptIn.apply(x, kept), kept)

@@ -91,8 +91,7 @@ class _Projections(torch.autograd.Function):
         ctx.linears = [linear._replace(branch=None) for linear in linears]  # what the branches hold is saved below
         ctx.types, ctx.scalings = (x.dtype, [adapter.dtype for adapter in (adapters[:1] + adapters[1::2])]), scalings
         if adapters:
-            a = adapters[0] if len(adapters) == 2 else torch.cat(adapters[::2])  # [all r, in]
-            a, *bs = cast([a, *adapters[1::2]], [dtype] * (1 + len(scalings)))
+            a, bs = _narrowed(adapters, dtype)
             hidden = torch.mm(wide.reshape(-1, x.shape[-1]), a.t())  # [T, all r]
             for y, part, b, scaling in zip(results, _parts(hidden, bs), bs, scalings, strict=True):
                 y.view(-1, y.shape[-1]).addmm_(part, b.t(), alpha=scaling)
@@ -128,9 +127,21 @@ class _Projections(torch.autograd.Function):
         return grad_x, None, None, *grad_adapters
 
 
+def _narrowed(adapters: Sequence[torch.Tensor], dtype: torch.dtype) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
+    """A matrices one under the other, ``[all r, in]``, and B matrices, in a type, from both by turns."""
+    inward, outward = adapters[::2], adapters[1::2]
+    if len(inward) == 1:
+        a, b = cast(adapters, (dtype, dtype))
+        return a, [b]
+    heights = [a.shape[0] for a in inward]
+    whole = inward[0].new_empty((sum(heights), inward[0].shape[1]), dtype=dtype)
+    types = [dtype] * len(adapters)
+    return whole, cast([*inward, *outward], types, whole.split_with_sizes(heights))[len(inward) :]
+
+
 def _parts(hidden: torch.Tensor, bs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
     """Columns of each branch, of which B is ``[out, r]``."""
-    return (hidden,) if len(bs) == 1 else hidden.split([b.shape[1] for b in bs], 1)
+    return (hidden,) if len(bs) == 1 else hidden.split_with_sizes([b.shape[1] for b in bs], 1)
 
 
 def projection(
