@@ -310,6 +310,17 @@ def test_a_model_without_adapter(world, tmp_path):
     assert json.loads((tmp_path / "results.json").read_text())["mawps"]["adapter"] is None
 
 
+def test_a_name_on_the_hub_gets_no_folder_of_that_name(world, tmp_path, monkeypatch):
+    """A folder ``org/tiny`` here would be taken for the model from the next run on."""
+    monkeypatch.chdir(tmp_path)
+    local = str(world / "base")
+    monkeypatch.setattr("sparselora_hf.evaluation.models.load_model", lambda base, *rest: load_model(local, *rest))
+    argv = ["eval", "--model", "org/tiny", "--task", "mawps", "--data", str(world / "data")]
+    assert main([*argv, "--max-new-tokens", "2"]) == 0
+    assert (tmp_path / "eval" / "org" / "tiny" / "results.json").is_file()
+    assert not (tmp_path / "org").exists()
+
+
 def test_mt_bench_in_fastchats_form(world, tmp_path):
     assert run(world, "--task", "mt_bench", "--output", str(tmp_path)) == 0
     lines = [json.loads(line) for line in (tmp_path / "mt_bench.jsonl").read_text().splitlines()]
