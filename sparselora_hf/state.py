@@ -190,7 +190,8 @@ class SparseState:
         known = self._fixed.get((layer, kind))
         if known is None or known[0] is not scores:
             known = scores, ChannelSelection.of(top_channels(scores, keep), layout)
-            self._fixed[layer, kind] = known
+            if self.calibration.scores.get((layer, kind)) is scores:  # any other set goes with its batch
+                self._fixed[layer, kind] = known
         self.batch.selections[layer, kind] = known[1]
 
     def end(self) -> None:

@@ -1,13 +1,16 @@
 """Nothing grows as training goes on."""
 
 import gc
+import weakref
 
 import psutil
 import pytest
 import torch
-from helpers import SPARSE, lora_model
+from helpers import SPARSE, lora_model, loss_and_gradients, make_batch
 from training import examples, make_trainer, trained
 from transformers import TrainerCallback
+
+from sparselora_hf import sparsify
 
 
 class _Census(TrainerCallback):
@@ -63,3 +66,16 @@ def test_a_batch_is_let_go_with_its_step(tmp_path):
     watch.trainer = make_trainer(tmp_path, SPARSE.replace(start_step=0), max_steps=2, callbacks=[watch])
     watch.trainer.train()
     assert watch.seen == [(None, False, False)] * 2
+
+
+def test_channel_sets_of_a_batch_go_with_it():
+    """Slices of the weights hang on them."""
+    model = lora_model(layers=2)
+    with sparsify(model, SPARSE.replace(mlp_sparsity=0.97)) as handle:
+        handle.set_enabled(True)
+        loss_and_gradients(model, make_batch())
+        sets = [weakref.ref(selection) for selection in handle.state.batch.selections.values()]
+        handle.state.end()
+        gc.collect()
+        assert len(sets) == 4
+        assert not any(selection() for selection in sets)
