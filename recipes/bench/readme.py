@@ -231,7 +231,7 @@ def estimators_table() -> str:
 
 
 def profile_table() -> str:
-    """Where the kernels of a step spend their time, by variant."""
+    """Where the kernels of a step spend their time, by variant; of several runs the last counts."""
     rows = read("profile-cuda.csv")
     if not rows:
         return NOT_YET
@@ -245,9 +245,11 @@ def profile_table() -> str:
         row = cells.get((name, variant))
         return "" if row is None else row["count"] if not row["ms"] else f"{float(row['ms']):.1f} ({row['count']})"
 
-    sums = (sum(float(r["ms"]) for r in rows if r["ms"] and r["variant"] == variant) for variant in variants)
+    sums = dict.fromkeys(variants, 0.0)
+    for (_, variant), row in cells.items():
+        sums[variant] += float(row["ms"] or 0)
     body = [[name, *(of(name, variant) for variant in variants)] for name in timed]
-    body += [["all kernels", *(f"{total:.1f}" for total in sums)]]
+    body += [["all kernels", *(f"{total:.1f}" for total in sums.values())]]
     body += [[name, *(of(name, variant) for variant in variants)] for name in counted]
     return markdown(["", *(PROFILED.get(variant, variant) for variant in variants)], body) + footnote(rows)
 
@@ -285,8 +287,6 @@ TABLES = {
     "grid": grid_table,
     "quickstart": quickstart_table,
     "step": lambda: step_table("step-cpu.csv"),
-    "step-default": lambda: step_table("step-default-cpu.csv"),
-    "step-default-gpu": lambda: step_table("step-default-cuda.csv"),
     "step-dora": lambda: step_table("step-dora-cpu.csv"),
     "step-gpu": lambda: step_table("step-cuda.csv"),
     "step-gpu-liger": partial(step_table, "step-liger-cuda.csv", "sft_liger", BESIDE_LIGER),
