@@ -70,13 +70,11 @@ add() { # add PROTOCOL BATCH ARGUMENTS...: one more measurement of the step benc
 # the kernels are right on this device, and what each way of an operation takes; the fastest ways are used from here on
 run parity 90 $interpret "$python" -m pytest -q --tb=short --maxfail=20 -p no:cacheprovider $parallel $parity
 bench kernels 60 kernel_times --csv "$out/kernels-$device.csv" $times
-# the four protocols against untouched SFTTrainer; what a trainer does that is told nothing; a stand-in in every layer,
-# whatever quality it has; other batches; the paper's schedule in whole, with what would not pay; the stand-in again
-# where the device has more to do
+# the four protocols against untouched SFTTrainer; a stand-in in every layer, whatever quality it has; other batches;
+# the paper's schedule in whole, with what would not pay; the stand-in again where the device has enough to do
 two="--variants sft sparse"
 add math 8
 add math 16 $two
-add math 8 $two --sparse default --csv "$out/step-default-$device.csv"
 add csr 8 $two
 add code 6 $two
 add wizard 2 $two
@@ -84,7 +82,7 @@ add csr 8 $two --sparse "$all" --csv "$out/step-stand-in-$device.csv"
 add math 1 $two
 add math 8 $two --sparse "$whole" --csv "$out/step-whole-$device.csv"
 add csr 16 $two --sparse "$all" --csv "$out/step-stand-in-$device.csv"
-bench step 200 step --variants sft exact sparse $large $turns --csv "$out/step-$device.csv" "${steps[@]}"
+bench step 250 step --variants sft exact sparse $large $turns --csv "$out/step-$device.csv" "${steps[@]}"
 # where its time goes, and how often the sparse step launches and waits
 protocol math 8
 bench profile 50 profile_step --csv "$out/profile-$device.csv" $two $large "${shape[@]}"
