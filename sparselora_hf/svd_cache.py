@@ -1,7 +1,7 @@
 """Cache of SVD factors: one safetensors file per weight, named by a fingerprint of the weight itself.
 
 A file is written to a temporary name and moved into place, so a reader never meets half of one; a file that is
-damaged or not ours is rebuilt, never trusted. A cache that cannot be written costs time, not the run.
+damaged or not ours is rebuilt, never trusted. A cache that cannot be read or written costs time, not the run.
 """
 
 import hashlib
@@ -85,12 +85,12 @@ class SvdCache:
         return factors
 
     def _read(self, path: Path, key: str, shape: torch.Size, rank: int) -> LowRank | None:
-        if not path.exists():
-            return None
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 factors = LowRank(file.get_tensor("down"), file.get_tensor("up"))
+        except FileNotFoundError:  # also where the folder is another user's, of which no more can be told
+            return None
         except (SafetensorError, OSError, RuntimeError, ValueError) as error:
             logger.warning(f"SVD cache file {path.name} is damaged ({error}); computing it again.")
             return None

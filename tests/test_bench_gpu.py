@@ -73,6 +73,9 @@ def test_every_line_of_the_gpu_run_is_understood(bench, gpu_sh, smoke):
     if smoke:
         return
     assert all(args.device == "cuda" for _, args in calls)
+    told_nothing = [args for args in steps if args.sparse == "default"]
+    assert [bench.step.sparse_settings(args).criterion for args in told_nothing] == ["output"]
+    assert [args.csv.name for args in told_nothing] == ["step-default-cuda.csv"]
     once = [names for key, names in subjects.items() if key[0] == "step-cuda.csv"]
     assert once == [[["sft", "exact", "sparse"]]] + [[["sft", "sparse"]]] * 6
     assert [names for key, names in subjects.items() if key[0] == "step-liger-cuda.csv"] == [

@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import ROOT, tiny_model
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -310,6 +311,17 @@ def test_a_model_without_adapter(world, tmp_path):
     assert json.loads((tmp_path / "results.json").read_text())["mawps"]["adapter"] is None
 
 
+def test_a_name_on_the_hub_gets_no_folder_of_that_name(world, tmp_path, monkeypatch):
+    """A folder ``org/tiny`` here would be taken for the model from the next run on."""
+    monkeypatch.chdir(tmp_path)
+    local = str(world / "base")
+    monkeypatch.setattr("sparselora_hf.evaluation.models.load_model", lambda base, *rest: load_model(local, *rest))
+    argv = ["eval", "--model", "org/tiny", "--task", "mawps", "--data", str(world / "data")]
+    assert main([*argv, "--max-new-tokens", "2"]) == 0
+    assert (tmp_path / "eval" / "org" / "tiny" / "results.json").is_file()
+    assert not (tmp_path / "org").exists()
+
+
 def test_mt_bench_in_fastchats_form(world, tmp_path):
     assert run(world, "--task", "mt_bench", "--output", str(tmp_path)) == 0
     lines = [json.loads(line) for line in (tmp_path / "mt_bench.jsonl").read_text().splitlines()]
@@ -383,6 +395,24 @@ def test_lm_eval_has_the_rest(world, tmp_path, monkeypatch, capsys):
     assert "lm_eval:hellaswag acc,none 0.25" in capsys.readouterr().out
     assert json.loads((tmp_path / "results.json").read_text())["lm_eval:hellaswag"]["acc,none"] == 0.25
     assert "no task 'none'" in error_of(capsys, lambda: run(world, "--task", "lm_eval:none"))
+
+
+def test_a_second_training_into_the_same_folder_is_evaluated_anew(world, tmp_path):
+    pytest.importorskip("trl")
+    from sparselora_hf.cli import sft
+
+    def evaluated(*tasks):
+        flags = ["--model_name_or_path", str(world / "base"), "--dataset_name", "rows", "--output_dir", str(tmp_path)]
+        return sft.evaluate(sft.parse([*flags, "--eval_data", str(world / "data"), "--eval_tasks", *tasks]))
+
+    save_adapter(tmp_path, world / "base")
+    assert set(evaluated("boolq", "piqa")) == {"boolq", "piqa"}
+    first = json.loads((tmp_path / "eval" / "results.json").read_text())
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    save_file({name: -weight for name, weight in weights.items()}, tmp_path / "adapter_model.safetensors")
+    assert set(evaluated("boolq")) == {"boolq"}  # what the first adapter answered is no result of this one
+    second = json.loads((tmp_path / "eval" / "results.json").read_text())
+    assert second["boolq"]["settings"]["adapter"] != first["boolq"]["settings"]["adapter"]
 
 
 # errors

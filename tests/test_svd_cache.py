@@ -1,4 +1,5 @@
 import multiprocessing
+import os
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,22 @@ def test_cache_that_cannot_be_written(weight, tmp_path):
     for _ in range(2):
         assert torch.equal(cache.factors(weight, 4).down, truncated_svd(weight, 4).down)
     assert cache.hits == 0
+
+
+def _as_another_user(folder: Path, weight: torch.Tensor) -> None:
+    folder.chmod(0)
+    if os.getuid() == 0:  # root may read anything
+        os.setuid(65534)
+    assert torch.equal(SvdCache(folder).factors(weight, 4).down, truncated_svd(weight, 4).down)
+
+
+def test_cache_of_another_user(weight, stored):
+    folder = stored.parents[1]
+    process = multiprocessing.get_context("fork").Process(target=_as_another_user, args=(folder, weight))
+    process.start()
+    process.join()
+    folder.chmod(0o700)
+    assert process.exitcode == 0
 
 
 def test_nothing_is_left_when_writing_fails(weight, tmp_path, monkeypatch):

@@ -70,11 +70,13 @@ add() { # add PROTOCOL BATCH ARGUMENTS...: one more measurement of the step benc
 # the kernels are right on this device, and what each way of an operation takes; the fastest ways are used from here on
 run parity 90 $interpret "$python" -m pytest -q --tb=short --maxfail=20 -p no:cacheprovider $parallel $parity
 bench kernels 60 kernel_times --csv "$out/kernels-$device.csv" $times
-# the four protocols against untouched SFTTrainer; a stand-in in every layer, whatever quality it has; other batches;
-# the paper's schedule in whole, with what would not pay; the stand-in again where the device has enough to do
+# the four protocols against untouched SFTTrainer; what a trainer does that is told nothing; a stand-in in every layer,
+# whatever quality it has; other batches; the paper's schedule in whole, with what would not pay; the stand-in again
+# where the device has more to do
 two="--variants sft sparse"
 add math 8
 add math 16 $two
+add math 8 $two --sparse default --csv "$out/step-default-$device.csv"
 add csr 8 $two
 add code 6 $two
 add wizard 2 $two

@@ -287,6 +287,8 @@ TABLES = {
     "grid": grid_table,
     "quickstart": quickstart_table,
     "step": lambda: step_table("step-cpu.csv"),
+    "step-default": lambda: step_table("step-default-cpu.csv"),
+    "step-default-gpu": lambda: step_table("step-default-cuda.csv"),
     "step-dora": lambda: step_table("step-dora-cpu.csv"),
     "step-gpu": lambda: step_table("step-cuda.csv"),
     "step-gpu-liger": partial(step_table, "step-liger-cuda.csv", "sft_liger", BESIDE_LIGER),

@@ -112,7 +112,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--fill", type=float, default=1.0, help="mean length of the rows over the longest")
     parser.add_argument("--layers", type=int, help="cut the model to so many layers")
     parser.add_argument("--hidden", type=int, help="another width, with the proportions of the shape")
-    parser.add_argument("--sparse", help="YAML of SparseLoraConfig settings; left out, the model's or the preset")
+    parser.add_argument(
+        "--sparse", help="YAML of SparseLoraConfig settings, or 'default'; left out, the model's or the preset"
+    )
     parser.add_argument("--quantization", choices=QUANTIZATIONS, default="none", help="of the frozen weights")
     parser.add_argument("--lora-rank", type=int, default=16)
     parser.add_argument("--dora", action="store_true", help="DoRA in place of LoRA, in every variant")
@@ -132,6 +134,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def sparse_settings(args: argparse.Namespace) -> SparseLoraConfig:
     """Settings of the sparse variants."""
+    if args.sparse == "default":
+        shape = build_model(args.model, "meta", torch.bfloat16, **_overrides(args.layers, args.hidden)).config
+        return SparseLoraConfig.default(shape.num_hidden_layers, shape.hidden_size)
     if args.sparse:
         return SparseLoraConfig.from_dict(yaml.safe_load(args.sparse))
     if args.model in SCHEDULES:
@@ -146,13 +151,18 @@ def make_model(args: argparse.Namespace):
 
 @functools.lru_cache(maxsize=1)
 def _make_model(name: str, device: str, layers: int | None, hidden: int | None, quantization: str):
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    return quantize(build_model(name, device, dtype, **_overrides(layers, hidden)), quantization, dtype)
+
+
+def _overrides(layers: int | None, hidden: int | None) -> dict[str, int]:
+    """Values of a configuration that are cut to size."""
     overrides = {} if layers is None else {"num_hidden_layers": layers}
     if hidden:
         heads = max(4, hidden // 64)
         overrides |= {"hidden_size": hidden, "intermediate_size": hidden * 7 // 2}
         overrides |= {"num_attention_heads": heads, "num_key_value_heads": max(1, heads // 4)}
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    return quantize(build_model(name, device, dtype, **overrides), quantization, dtype)
+    return overrides
 
 
 def make_trainer(args: argparse.Namespace, variant: str, model, steps: int, callbacks: tuple = ()):

@@ -25,7 +25,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", help="base model; left out, the adapter's own")
     parser.add_argument("--data", help="file, folder or hub name of the questions; left out, they are fetched")
-    parser.add_argument("--output", type=Path, help="folder of answers and results; left out, ADAPTER/eval")
+    parser.add_argument("--output", type=Path, help="folder of results; left out, ADAPTER/eval or eval/HUB_NAME")
     parser.add_argument("--prompt-format", help="left out, that of the training or else the task's")
     parser.add_argument("--batch-size", type=positive, default=8)
     parser.add_argument("--limit", type=positive, help="ask the first so many rows")
@@ -59,6 +59,11 @@ def _sampling(task: Any, args: argparse.Namespace) -> Any:
     return Sampling(**usual, top_p=args.top_p, seed=args.seed)
 
 
+def _own_folder(name: str) -> Path:
+    """Where answers of an adapter or model go; never to a folder of its name on the hub, which would stand for it."""
+    return Path(name) / "eval" if Path(name).is_dir() else Path("eval") / name
+
+
 class _Evaluation:
     """Tasks of one call, with the model that answers them, loaded once."""
 
@@ -67,7 +72,7 @@ class _Evaluation:
         from ..evaluation.tasks import load_questions
 
         self.args, self.base = args, base
-        self.output = args.output or Path(args.adapter or base) / "eval"
+        self.output = args.output or _own_folder(args.adapter or base)
         self.sampling = {task.name: _sampling(task, args) for task in tasks}
         self.questions = {task.name: load_questions(task, args.data, args.limit) for task in tasks}
         self.adapter = adapter_hash(args.adapter) or args.adapter

@@ -140,6 +140,22 @@ def _note_data(recipe: Recipe) -> None:
     path.write_text(yaml.safe_dump(notes), encoding="utf-8")
 
 
+def _forget_replaced(folder: Path) -> None:
+    """Take away the answers and results of an adapter that this training has replaced."""
+    import json
+
+    from ..evaluation.models import adapter_hash
+    from .eval import RESULTS
+
+    adapter = adapter_hash(str(folder))
+    for path in (folder / "eval").glob("*.answers.jsonl"):
+        with path.open(encoding="utf-8") as file:
+            settings = json.loads(file.readline() or "{}")
+        if settings.get("adapter") != adapter:
+            path.unlink()
+            path.with_name(RESULTS).unlink(missing_ok=True)
+
+
 def evaluate(recipe: Recipe) -> dict[str, float]:
     """Run the recipe's tasks, if it has any, on the adapter that was saved; their scores in per cent.
 
@@ -155,6 +171,7 @@ def evaluate(recipe: Recipe) -> dict[str, float]:
 
     data, folder = recipe.data, Path(recipe.training.output_dir)
     _note_data(recipe)
+    _forget_replaced(folder)
     if not data.eval_tasks:
         return {}
     gc.collect()

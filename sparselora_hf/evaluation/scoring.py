@@ -14,9 +14,11 @@ __all__ = ["TOLERANCE", "chosen", "is_number", "last_number", "own_words"]
 TOLERANCE = 1e-3
 
 _NEXT_TURN = re.compile(r"\n\s*### ")  # a model that goes on with a prompt of its own
-_POWER = re.compile(r"(?<=[a-zA-Z])(?<![0-9][eE])(?:\^|\*\*)?[23](?![0-9.,])")  # the 2 of m2, cm^2 and CO2
+# the 2 of m2, cm^2 and CO2, at the end of a sentence too
+_POWER = re.compile(r"(?<=[a-zA-Z])(?<![0-9][eE])(?:\^|\*\*)?[23](?![0-9]|[.,][0-9])")
+_MIXED = re.compile(r"(?<=[0-9])(?=\\[dt]?frac)")  # between the whole number and the fraction of 1\frac{1}{2}
 _FRACTION_COMMAND = re.compile(r"\\[dt]?frac\{(-?[0-9]+)\}\{([0-9]+)\}")
-_SIGN = r"(?:(?<![\w).])(?P<sign>[-\u2212])\s?)?[$€£]?"
+_SIGN = r"(?:(?<![\w).])(?!(?<=[0-9)] )[-\u2212] )(?P<sign>[-\u2212])\s?)?[$€£]?"
 _PLAIN = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
 _NUMBER = re.compile(
     rf"{_SIGN}(?<![0-9.])"
@@ -38,7 +40,8 @@ def last_number(text: str) -> float | None:
     Commas between thousands, currency signs, units, fractions (``3/4``, ``1 1/2``) and a full stop after it are
     understood. A dash between two numbers is a minus sign of neither.
     """
-    text = _FRACTION_COMMAND.sub(r"\1/\2", _POWER.sub("", own_words(text)))
+    text = _MIXED.sub(" ", _POWER.sub("", own_words(text)))
+    text = _FRACTION_COMMAND.sub(r"\1/\2", text)
     matches = list(_NUMBER.finditer(text))
     return _value(matches[-1]) if matches else None
 
