@@ -49,7 +49,7 @@ class SparseLoraCallback(TrainerCallback):
 
     def on_init_end(self, args, state, control, model=None, **kwargs) -> None:
         """Sparsify the model before an engine wraps or shards it."""
-        if self.handle is None:
+        if self.handle is None or (self._config and not self.handle.is_attached):
             self.handle = sparsify(model, self._config, family=self._family)
             logger.info("SparseLoRA:\n" + self.handle.report())
 

@@ -76,6 +76,11 @@ class SparseLoraHandle:
         """Whether training batches are sparse from now on; exact savings do not depend on it."""
         return self.state.enabled
 
+    @property
+    def is_attached(self) -> bool:
+        """Whether the model is patched: until `restore` is called."""
+        return bool(self._hooks)
+
     def set_enabled(self, enabled: bool) -> None:
         """Switch channel sparsity on or off, from the next batch on; the first time, fit what dense steps taught.
 
@@ -96,6 +101,8 @@ class SparseLoraHandle:
         Raises:
             ValueError: no step would be sparse, or another library has replaced the forward of a sparse module.
         """
+        if not self.is_attached:
+            logger.warning("SparseLoRA: the model was restored, so training is dense. Call sparsify for a new handle.")
         self._check_forwards()
         self._has_waited = False
         self._schedule = Schedule.of(self.config, max_steps)
@@ -114,7 +121,8 @@ class SparseLoraHandle:
             accumulation: micro-batches of a step.
         """
         self.state.step = step * accumulation
-        enabled = self.config.is_sparse and self._schedule.is_sparse(step) and self._can_be_sparse()
+        wanted = self.is_attached and self.config.is_sparse and self._schedule.is_sparse(step)
+        enabled = wanted and self._can_be_sparse()
         if enabled != self.enabled:
             self.set_enabled(enabled)
             logger.info(f"SparseLoRA: sparsity {'on' if enabled else 'off'} from step {step + 1}.")

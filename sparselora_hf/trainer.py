@@ -61,7 +61,8 @@ class SparseLoraTrainer(SFTTrainer):
         model_family: description of a model family that is not in the table.
 
     Attributes:
-        sparse_handle: the `SparseLoraHandle` of the model in training.
+        sparse_handle: the `SparseLoraHandle` of the model in training; after its `restore()` this trains as
+            `SFTTrainer` does.
 
     Raises:
         ValueError: settings, model and data do not fit together; a model passed in is untouched then.
@@ -143,7 +144,7 @@ class SparseLoraTrainer(SFTTrainer):
 
     def _restore_config(self, folder: Path) -> None:
         """Take the checkpoint's settings unless others were given."""
-        if not (folder / CONFIG_FILE).is_file():
+        if not self.sparse_handle.is_attached or not (folder / CONFIG_FILE).is_file():
             return
         saved = SparseLoraConfig.from_yaml(folder)
         if saved.to_dict() == self.sparse_config.to_dict():
@@ -175,7 +176,9 @@ class SparseLoraTrainer(SFTTrainer):
         """One micro-batch, forward and backward, under its token plan."""
         state = self.sparse_handle.state
         plan, marks = inputs.pop(PLAN_KEY, None), inputs.pop(_MARKS_KEY, None)
-        if plan is None or not (marks is None or _are_as_marked(inputs, marks)):  # a subclass may change a batch
+        if not self.sparse_handle.is_attached:
+            plan = None  # restored: an `SFTTrainer` with no more to it
+        elif plan is None or not (marks is None or _are_as_marked(inputs, marks)):  # a subclass may change a batch
             plan = _plan_of(inputs, self.sparse_config.token_rule)
         if plan is None or not self._has_own("_prepare_inputs"):  # or be about to: then each forward makes its plan
             try:

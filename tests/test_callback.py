@@ -171,6 +171,26 @@ def test_callback_with_a_configuration_leaves_a_plain_model(tmp_path):
         assert losses(trainer)[0] != pytest.approx(losses(plain)[0], rel=1e-4)
 
 
+def test_callback_with_a_configuration_serves_a_model_that_was_restored(tmp_path):
+    callback = SparseLoraCallback(SPARSE)
+    trainer = make_trainer(tmp_path, lora_model(), [callback])
+    callback.handle.restore()
+    trainer.train()
+    assert [log["sparselora/channel_sparsity"] > 0 for log in trainer.state.log_history[2:5]] == [True] * 3
+
+
+def test_callback_whose_handle_was_restored(tmp_path, caplog):
+    plain, _ = run_by_config(tmp_path, TrainerCallback())
+    model = lora_model()
+    handle = sparsify(model, SPARSE.replace(criterion="static"))
+    handle.restore()
+    trainer = make_trainer(tmp_path, model, [SparseLoraCallback(handle)])
+    trainer.train()
+    assert losses(trainer) == losses(plain)
+    assert "so training is dense" in caplog.text
+    assert "no dense step has sampled" not in caplog.text
+
+
 @pytest.mark.parametrize("added", [False, True], ids=["given to the trainer", "added later"])
 def test_models_that_the_trainer_makes_are_sparse(tmp_path, added):
     """By `model_init` a Trainer makes a new model for every run: the one that its callbacks met first never trains."""

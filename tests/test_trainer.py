@@ -344,6 +344,29 @@ def test_model_is_dense_after_a_crash(tmp_path):
     assert (state.enabled, state.batch, state.pinned, state.compact) == (False, None, False, False)
 
 
+class _RestoreAfter(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step, self.trainer = step, None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.trainer.sparse_handle.restore()
+
+
+@pytest.mark.parametrize("step", [0, 1, 4])
+def test_restored_model_trains_as_with_sft(tmp_path, step, caplog):
+    """Restored before training, or while it goes on, before sparsity and after it has started."""
+    want, callback = trained(tmp_path, learning_rate=0.0), _RestoreAfter(step)
+    config = SPARSE.replace(criterion="static")
+    callback.trainer = got = make_trainer(tmp_path, config, learning_rate=0.0, callbacks=[callback])
+    if not step:
+        got.sparse_handle.restore()
+    got.train()
+    assert got.losses[step:] == pytest.approx(want.losses[step:], rel=1e-5)
+    assert len(metrics(got, "sparselora/context_share")) == step
+    assert ("so training is dense" in caplog.text) == (not step)
+
+
 # defaults and wrong input
 
 
