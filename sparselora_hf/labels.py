@@ -38,8 +38,9 @@ def tokenize_examples(
     rows: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
     for (prompt, _), ids, offsets in zip(pairs, encoded["input_ids"], encoded["offset_mapping"], strict=True):
         labels = [token if end > len(prompt) else IGNORE_INDEX for token, (_, end) in zip(ids, offsets, strict=True)]
-        if ids[-1] != tokenizer.eos_token_id and tokenizer.eos_token_id is not None:
-            ids, labels = [*ids, tokenizer.eos_token_id], [*labels, tokenizer.eos_token_id]
+        if tokenizer.eos_token_id is not None:
+            text = ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids  # some tokenizers end every text
+            ids, labels = [*text, tokenizer.eos_token_id], [*labels[: len(text)], tokenizer.eos_token_id]
         is_long = max_length is not None and len(ids) > max_length
         ids, labels = ids[:max_length], labels[:max_length]
         if any(label != IGNORE_INDEX for label in labels) and not (is_long and long_rows == "drop"):

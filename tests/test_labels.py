@@ -129,6 +129,14 @@ def test_a_token_that_holds_both_is_the_completions():
     assert rows == {"input_ids": [[2, 1, 2, 3]], "labels": [[IGNORE_INDEX, 1, 2, 3]]}
 
 
+def test_the_end_is_labelled_where_the_tokenizer_itself_writes_it():
+    plain, ending = byte_level(whole=False), byte_level(whole=False)
+    ids = {"special_tokens": [("<s>", 0), ("</s>", 1)]}
+    ending.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", **ids)
+    rows = examples("alpaca", "output")
+    assert tokenize_examples(rows, ending) == tokenize_examples(rows, plain)
+
+
 def word_rows(*lengths: int) -> Dataset:
     return Dataset.from_list([{"prompt": " ".join(["w5"] * n), "completion": " w7"} for n in lengths])
 
