@@ -1,5 +1,6 @@
 """`sparselora eval` from questions to results, with tiny models that know nothing."""
 
+import copy
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ import torch
 from helpers import ROOT, tiny_model
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from sparselora_hf.cli.main import main
@@ -170,6 +171,26 @@ def test_greedy_whatever_the_models_own_settings_say(tokenizer):
     want = Generator(model, tokenizer, Sampling(6)).answer(["one two"], 0)
     model.generation_config.update(do_sample=True, temperature=5.0, top_k=50)
     assert Generator(model, tokenizer, Sampling(6)).answer(["one two"], 1) == want
+
+
+def test_an_answer_ends_where_training_ended_it(tokenizer):
+    """The tokenizer's end token holds, whatever end the model's own settings name."""
+    model = tiny_model(layers=2).eval()
+    ((whole,),) = Generator(model, tokenizer, Sampling(6)).answer(["one two"], 0)
+    ended = copy.deepcopy(tokenizer)
+    ended.eos_token = whole[3]
+    ((answer,),) = Generator(model, ended, Sampling(6)).answer(["one two"], 0)
+    assert whole.startswith(answer)
+    assert len(answer) <= 4 < len(whole)
+
+
+def test_no_prompt_ends_in_an_end_token(tokenizer):
+    ending = copy.deepcopy(tokenizer)
+    ids = {"special_tokens": [("<bos>", 1), ("<eos>", 2)]}
+    ending.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A <eos>", **ids)
+    model = tiny_model(layers=2).eval()
+    assert ending("one")["input_ids"][-1] == 2
+    assert Generator(model, ending, Sampling(6))._encode(["one"])["input_ids"][0, -1] == tokenizer("e")["input_ids"][0]
 
 
 def test_samples_differ_and_repeat_with_their_seed(tokenizer):

@@ -83,6 +83,8 @@ class Generator:
             self.tokenizer(prompt, add_special_tokens=not (bos and prompt.startswith(bos)))["input_ids"]
             for prompt in prompts
         ]
+        end = self.tokenizer.eos_token_id  # some tokenizers end every text, but a prompt is to go on
+        rows = [row[:-1] if len(row) > 1 and row[-1] == end else row for row in rows]
         longest = max(map(len, rows))
         ids = torch.full((len(rows), longest), self._pad)
         mask = torch.zeros_like(ids)
@@ -100,5 +102,12 @@ class Generator:
             "do_sample": drawn,
             "num_return_sequences": draw.samples,
             "pad_token_id": self._pad,
+            "eos_token_id": self._ends() or None,
             **chance,
         }
+
+    def _ends(self) -> list[int]:
+        """Tokens that end an answer: the model's own, and the tokenizer's, which training puts there."""
+        own = self.model.generation_config.eos_token_id
+        ends = [*(own if isinstance(own, list) else [own]), self.tokenizer.eos_token_id]
+        return [token for token in dict.fromkeys(ends) if token is not None]
