@@ -4,6 +4,7 @@ A recipe may build on others: `base: common.yaml`, or a list of files, later one
 recipe over all. Paths count from the recipe's folder; the settings in a `sparselora:` section are merged one by one.
 """
 
+import argparse
 import dataclasses
 import os
 from collections.abc import Sequence
@@ -182,7 +183,7 @@ def parse_groups(argv: Sequence[str], groups: Sequence[type], prog: str) -> list
         ValueError: an unknown key or flag, or a value out of range.
     """
     flags, values = _split_config(argv)
-    if "--smoke" in flags:
+    if _asks_for_smoke(flags, values):
         values = _in_small(values, {field.name for group in groups for field in dataclasses.fields(group)})
     parser = _make_parser([*groups, sparse_arguments()], prog)
     unknown = parser.set_defaults_with_config(**values)
@@ -190,6 +191,15 @@ def parse_groups(argv: Sequence[str], groups: Sequence[type], prog: str) -> list
         raise ValueError(f"The recipe has keys that nothing reads: {', '.join(n[2:] for n in unknown[::2])}.")
     *arguments, sparse = parser.parse_args_into_dataclasses(args=flags)
     return [*arguments, sparse_config(vars(sparse))]
+
+
+def _asks_for_smoke(flags: Sequence[str], values: dict[str, Any]) -> bool:
+    """Whether flags or else the recipe say so, in any of the forms that the parser itself takes."""
+    from transformers.hf_argparser import string_to_bool
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--smoke", nargs="?", const=True, default=values.get("smoke", False), type=string_to_bool)
+    return parser.parse_known_args(flags)[0].smoke
 
 
 def _in_small(values: dict[str, Any], known: set[str]) -> dict[str, Any]:
