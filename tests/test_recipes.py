@@ -137,12 +137,18 @@ def test_a_recipe_wins_over_those_it_builds_on(tmp_path):
         ({"recipe": "base: other.yaml\n", "other": "base: recipe.yaml\n"}, "builds on itself"),
         ({"recipe": "- a\n- b\n"}, "expected `name: value` lines, found list"),
         ({"recipe": "learning_rat: 1\n"}, "keys that nothing reads: learning_rat"),
+        ({"recipe": "train_on: anwser\n"}, "train_on: 'anwser' is not one of answer, output"),
     ],
-    ids=["circle", "list", "typo"],
+    ids=["circle", "list", "typo", "choice"],
 )
 def test_recipe_errors(tmp_path, files, message):
     with pytest.raises(ValueError, match=message):
         parse(["--config", str(write(tmp_path, **files) / "recipe.yaml")])
+
+
+def test_a_single_task_needs_no_list(tmp_path):
+    text = "model_name_or_path: m\ndataset_name: d\neval_tasks: gsm8k\n"
+    assert parse(["--config", str(write(tmp_path, recipe=text) / "recipe.yaml")]).data.eval_tasks == ["gsm8k"]
 
 
 def test_a_missing_base_is_named(tmp_path):
@@ -180,6 +186,19 @@ def test_smoke_wins_over_the_recipe_and_flags_over_smoke():
     assert (recipe.training.max_steps, recipe.data.max_examples, recipe.model.model_name_or_path) == (2, 16, None)
     assert recipe.training.output_dir == "runs/wizardlm-llama-3.1-8b-smoke"
     assert recipe.sparse.start_step == 2
+
+
+@pytest.mark.parametrize("flag", [["--smoke", "true"], ["--smoke=true"], []], ids=["word", "equals", "recipe"])
+def test_smoke_however_it_is_asked_for(tmp_path, flag):
+    text = f"base: {ALL['wizardlm/llama-3.1-8b']}\n" + ("" if flag else "smoke: true\n")
+    recipe = parse(["--config", str(write(tmp_path, recipe=text) / "recipe.yaml"), *flag])
+    assert (recipe.data.smoke, recipe.training.max_steps, recipe.model.model_name_or_path) == (True, 4, None)
+
+
+def test_smoke_that_is_switched_off():
+    recipe = parse(["--config", str(ALL["wizardlm/llama-3.1-8b"]), "--smoke", "false"])
+    assert recipe.model.model_name_or_path == "meta-llama/Llama-3.1-8B"
+    assert not recipe.data.smoke
 
 
 def test_conversations_without_a_label_are_counted(tmp_path, monkeypatch):

@@ -80,6 +80,14 @@ class DataArguments:
         default=None, metadata={"help": "shape, as `sparselora estimate` names it, that the small model is made after"}
     )
 
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # a flag is held against its choices, a recipe's key is not
+            choices, value = field.metadata.get("choices"), getattr(self, field.name)
+            if choices and value not in choices:
+                raise ValueError(f"{field.name}: {value!r} is not one of {', '.join(choices)}.")
+        if isinstance(self.eval_tasks, str):
+            self.eval_tasks = [self.eval_tasks]
+
 
 class Recipe(NamedTuple):
     """All that a run is told: TRL's argument objects, the data options and the sparsity."""
