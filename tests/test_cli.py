@@ -298,6 +298,34 @@ def test_rows_that_trl_cannot_read_are_an_error(capsys, tmp_path):
     assert "Pick a --prompt_format" in error_of(capsys, "sft", *argv)
 
 
+@pytest.fixture
+def rows_of(parse, tmp_path):
+    """Tokenizer and rows that a run with flags would train on."""
+    from sparselora_hf.cli.sft import trainer_keywords
+
+    def prepared(*flags):
+        named = ["--model_name_or_path", str(MODEL), "--dataset_name", str(MATH), "--output_dir", str(tmp_path)]
+        keywords = trainer_keywords(parse([*named, "--prompt_format", "llm_adapters", *flags]))
+        return keywords["processing_class"], keywords["train_dataset"]["input_ids"]
+
+    return prepared
+
+
+@needs_data
+def test_long_rows_are_left_out_under_packing_too(rows_of):
+    flags = ("--long_rows", "drop", "--max_length", "400", "--max_examples", "50")
+    assert rows_of(*flags, "--packing")[1] == rows_of(*flags)[1]
+
+
+@needs_data
+def test_long_conversations_cannot_be_left_out(capsys, tmp_path):
+    pytest.importorskip("trl")
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": "a"}]}) + "\n")
+    flags = ["--model_name_or_path", str(MODEL), "--dataset_name", str(path), "--output_dir", str(tmp_path / "out")]
+    assert "long_rows: TRL prepares these rows" in error_of(capsys, "sft", *flags, "--long_rows", "drop")
+
+
 @needs_data
 @pytest.mark.parametrize(
     ("flags", "message"),

@@ -59,8 +59,13 @@ def _prepared(recipe: Recipe, split: str, tokenizer: Any) -> Any:
     _check_columns(rows, training.dataset_text_field)
     is_text = {"prompt", "completion"} <= set(rows.column_names) and isinstance(rows[0]["prompt"], str)
     if not is_text or not tokenizer.is_fast or training.completion_only_loss is False:
+        if options.long_rows == "drop":
+            raise ValueError(
+                "long_rows: TRL prepares these rows and cuts them at max_length. Leaving rows out takes plain prompts "
+                "and completions, and a fast tokenizer."
+            )
         return rows
-    longest = None if training.packing else training.max_length
+    longest = None if training.packing and options.long_rows == "cut" else training.max_length
     return label_examples(
         rows, tokenizer, longest, options.long_rows, options.max_examples, training.dataset_num_proc
     )[0]
