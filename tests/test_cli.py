@@ -312,6 +312,12 @@ def rows_of(parse, tmp_path):
 
 
 @needs_data
+def test_rows_end_in_the_token_that_a_flag_names(rows_of):
+    tokenizer, rows = rows_of("--eos_token", "<s>", "--max_examples", "3")
+    assert {row[-1] for row in rows} == {tokenizer.convert_tokens_to_ids("<s>")}
+
+
+@needs_data
 def test_long_rows_are_left_out_under_packing_too(rows_of):
     flags = ("--long_rows", "drop", "--max_length", "400", "--max_examples", "50")
     assert rows_of(*flags, "--packing")[1] == rows_of(*flags)[1]

@@ -85,6 +85,8 @@ def trainer_keywords(recipe: Recipe) -> dict[str, Any]:
             f"The model {model.model_name_or_path} cannot be loaded: no such folder, or no network or permission to "
             "fetch it. Name a folder: --model_name_or_path PATH."
         ) from error
+    if training.eos_token in tokenizer.get_vocab():  # another is TRL's to refuse
+        tokenizer.eos_token = training.eos_token  # TRL does this too, but after the rows are labelled here
     init = {**source, "attn_implementation": model.attn_implementation, "dtype": model.dtype}
     training.model_init_kwargs = {**init, **(training.model_init_kwargs or {})}
     evaluated = training.eval_strategy != "no"
