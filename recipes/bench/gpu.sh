@@ -84,7 +84,7 @@ add csr 8 $two --sparse "$all" --csv "$out/step-stand-in-$device.csv"
 add math 1 $two
 add math 8 $two --sparse "$whole" --csv "$out/step-whole-$device.csv"
 add csr 16 $two --sparse "$all" --csv "$out/step-stand-in-$device.csv"
-bench step 250 step --variants sft exact sparse $large $turns --csv "$out/step-$device.csv" "${steps[@]}"
+bench step 300 step --variants sft exact sparse $large $turns --csv "$out/step-$device.csv" "${steps[@]}"
 # where its time goes, and how often the sparse step launches and waits
 protocol math 8
 bench profile 50 profile_step --csv "$out/profile-$device.csv" $two $large "${shape[@]}"
