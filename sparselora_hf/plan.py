@@ -30,6 +30,7 @@ class TokenPlan:
         targets: for each loss row the label it predicts.
         loss_in_context: whether a context row enters the loss, as the token rule ``label`` has it.
         right_padded: whether all that an attention mask hides is padding behind the last token of its sequence.
+        unmasked: whether there is padding that no attention mask hides.
     """
 
     shape: tuple[int, int]
@@ -43,6 +44,7 @@ class TokenPlan:
     targets: torch.Tensor
     loss_in_context: bool
     right_padded: bool = False
+    unmasked: bool = False
 
     @classmethod
     def from_batch(
@@ -108,6 +110,7 @@ class TokenPlan:
         starts = _starts(output.shape, position_ids)
         shown = ~_lone(starts) if attention_mask is None else attention_mask.detach().cpu() != 0
         real = shown | output | predicts
+        is_whole = bool(real.all())
         is_context = real & ~output
         context, loss = _rows(is_context), _rows(predicts)
         sequence = (starts.flatten().cumsum(0) - 1)[context]
@@ -117,12 +120,13 @@ class TokenPlan:
             output=_rows(output),
             loss=loss,
             rest=_rows(~is_context),
-            real=None if bool(real.all()) else _rows(real),
+            real=None if is_whole else _rows(real),
             sequence=sequence,
             groups=len(sequence.unique_consecutive()),
             targets=targets.flatten()[loss],
             loss_in_context=bool((predicts & ~output).any()),
             right_padded=attention_mask is not None and torch.equal(real, shown) and _falls(shown),
+            unmasked=attention_mask is None and not is_whole,
         )
 
     @property

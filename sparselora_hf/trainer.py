@@ -186,7 +186,7 @@ class SparseLoraTrainer(SFTTrainer):
             finally:
                 state.end()
         loss_only = self._uses_loss_positions_only()
-        batch = state.begin(plan, self.sparse_handle.device, loss_only=loss_only)
+        batch = state.begin(plan, self.sparse_handle.device, loss_only=loss_only, routers=self.aux_loss_enabled)
         state.pinned = True
         if not loss_only and "input_ids" in inputs:  # a loss of one's own may run the model on other tokens too
             state.pinned_to = inputs["input_ids"], batch

@@ -8,10 +8,11 @@ import pytest
 import torch
 from datasets import Dataset
 from helpers import SPARSE
-from training import Collator, assert_same_run, chat_tokenizer, examples, trained
+from training import Collator, SparseTrainer, assert_same_run, chat_tokenizer, examples, trained
 from transformers import DataCollatorForSeq2Seq
+from zoo import zoo_lora
 
-from sparselora_hf import SparseLoraConfig
+from sparselora_hf import SparseLoraConfig, SparseLoraTrainer
 
 SPARSE = SPARSE.replace(start_step=1)
 
@@ -125,3 +126,20 @@ def test_exact_savings_leave_a_sparse_run_as_it_is(tmp_path, row):
     assert_same_run(saving, plain)
     sparse_steps = [log["sparselora/channel_sparsity"] > 0 for log in saving.state.log_history if "loss" in log]
     assert sparse_steps == [False] + [row.context] * (len(sparse_steps) - 1)
+
+
+def prepared(self, inputs):
+    """As a subclass would have it: each forward makes its plan by itself then."""
+    return SparseLoraTrainer._prepare_inputs(self, inputs)
+
+
+@pytest.mark.parametrize("method", [None, prepared], ids=["plan of the trainer", "plan of the forward"])
+def test_routers_see_padding_that_no_mask_hides(tmp_path, method, monkeypatch):
+    """The loss that balances experts counts every token of a batch without a mask."""
+    if method is not None:
+        monkeypatch.setattr(SparseTrainer, "_prepare_inputs", method, raising=False)
+    settings = ROWS["padding-free to a multiple"].settings | {"router_aux_loss_coef": 0.5, "max_steps": 2}
+    dense, exact = (
+        trained(tmp_path, config, model=zoo_lora("mixtral"), **settings) for config in (None, SparseLoraConfig())
+    )
+    assert_same_run(exact, dense)

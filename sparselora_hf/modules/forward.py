@@ -69,7 +69,7 @@ class ForwardHook:
         if _is_per_token(labels, kwargs):
             rule = self.state.config.token_rule
             plan = TokenPlan.from_batch(labels, kwargs.get("attention_mask"), kwargs.get("position_ids"), rule)
-            self.state.begin(plan, labels.device)
+            self.state.begin(plan, labels.device, routers=_balances_experts(module, kwargs))
             return
         config = module.config
         plan = TokenPlan.of_pooled(
@@ -77,6 +77,12 @@ class ForwardHook:
         )
         # nothing but the pooled states is made of the model's output, unless it records more
         self.state.begin(plan, labels.device, loss_only=not (config.output_hidden_states or config.output_attentions))
+
+
+def _balances_experts(model: nn.Module, kwargs: dict) -> bool:
+    """Whether a forward tells what the routers of a mixture of experts say, of which a loss is made."""
+    asked = kwargs.get("output_router_logits")
+    return bool(getattr(model.config.get_text_config(), "output_router_logits", False) if asked is None else asked)
 
 
 def _is_per_token(labels: torch.Tensor, kwargs: dict) -> bool:
