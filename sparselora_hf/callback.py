@@ -94,6 +94,8 @@ class SparseLoraCallback(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs) -> None:
         """Write configuration and calibration beside the checkpoint."""
+        if state.is_hyper_param_search:
+            return  # a trial's checkpoints lie where the Trainer alone knows
         self.handle.save(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
     def on_train_end(self, args, state, control, **kwargs) -> None:

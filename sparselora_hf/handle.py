@@ -196,6 +196,7 @@ class SparseLoraHandle:
         tensors = self.state.calibration.tensors(self.device)
         if rank_and_world()[0]:
             return
+        Path(folder).mkdir(parents=True, exist_ok=True)
         if tensors:
             tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
             write_atomically(Path(folder) / CALIBRATION_FILE, save(tensors))

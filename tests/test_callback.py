@@ -6,10 +6,12 @@ from accelerate import Accelerator
 from datasets import Dataset
 from helpers import SPARSE, assert_untouched, lora_model, make_batch, snapshot
 from training import tokenizer
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments, integrations
+from transformers.trainer_utils import HPSearchBackend
 from trl import DPOConfig, DPOTrainer
 
 from sparselora_hf import SparseLoraCallback, SparseLoraConfig, sparsify
+from sparselora_hf.config import CONFIG_FILE
 from sparselora_hf.handle import CALIBRATION_FILE
 
 SPARSE = SPARSE.replace(mlp_sparsity=0.9, attention_sparsity={"1": 0.5}, end_step=5)
@@ -137,6 +139,32 @@ def test_one_callback_serves_two_runs(tmp_path):
     trainer.train()
     trainer.train()
     assert watch.seen == [False, False, True, True, True, False, False, False] * 2
+
+
+@pytest.mark.parametrize("criterion", ["svd", "static"])
+def test_folder_to_save_into_is_made(tmp_path, criterion):
+    handle = sparsify(lora_model(), SPARSE.replace(criterion=criterion))
+    handle.save(tmp_path / "run" / "checkpoint-1")
+    assert SparseLoraConfig.from_yaml(tmp_path / "run" / "checkpoint-1") == handle.config
+    assert (tmp_path / "run" / "checkpoint-1" / CONFIG_FILE).is_file()
+
+
+class _Trial:
+    """Optuna's, as far as a Trainer asks."""
+
+    number, params = 0, None
+
+
+@pytest.mark.parametrize("criterion", ["svd", "static"])
+def test_trials_of_a_search_leave_nothing_where_no_checkpoint_is(tmp_path, criterion, monkeypatch):
+    monkeypatch.setattr(integrations, "hp_params", lambda trial: {"learning_rate": 1e-3})
+    callback = SparseLoraCallback(SPARSE.replace(criterion=criterion))
+    settings = {"model_init": lambda trial: lora_model(), "save_strategy": "steps", "save_steps": 4}
+    trainer = make_trainer(tmp_path / "out", None, [callback], **settings)
+    trainer.hp_search_backend, trainer.hp_space, trainer.hp_name = HPSearchBackend.OPTUNA, integrations.hp_params, None
+    trainer.train(trial=_Trial())
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["run-0"]
+    assert sorted(path.name for path in (tmp_path / "out" / "run-0").iterdir()) == ["checkpoint-4", "checkpoint-8"]
 
 
 # a configuration in place of a handle
