@@ -209,8 +209,9 @@ def test_two_processes_never_meet_half_a_file(tmp_path, caplog):
         ({"SPARSELORA_CACHE": "/a"}, "/a"),
         ({"XDG_CACHE_HOME": "/b"}, "/b/sparselora"),
         ({"HOME": "/c"}, "/c/.cache/sparselora"),
+        ({"HOME": "/c", "SPARSELORA_CACHE": "", "XDG_CACHE_HOME": ""}, "/c/.cache/sparselora"),
     ],
-    ids=["own", "xdg", "home"],
+    ids=["own", "xdg", "home", "empty"],
 )
 def test_default_cache_dir(variables, want, monkeypatch):
     for name in ("SPARSELORA_CACHE", "XDG_CACHE_HOME"):
@@ -218,6 +219,14 @@ def test_default_cache_dir(variables, want, monkeypatch):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert default_cache_dir() == Path(want)
+
+
+def test_a_user_without_a_home_has_a_cache(monkeypatch, tmp_path):
+    for name in ("SPARSELORA_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # what it does for a user that has no entry
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert default_cache_dir() == tmp_path / "sparselora"
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int8])
