@@ -107,6 +107,8 @@ def test_every_folder_tells_how_it_is_run():
 
 # inheritance
 
+REQUIRED = ["--model_name_or_path", "m", "--dataset_name", "d"]
+
 
 def write(folder, **files):
     for name, text in files.items():
@@ -138,12 +140,23 @@ def test_a_recipe_wins_over_those_it_builds_on(tmp_path):
         ({"recipe": "- a\n- b\n"}, "expected `name: value` lines, found list"),
         ({"recipe": "learning_rat: 1\n"}, "keys that nothing reads: learning_rat"),
         ({"recipe": "train_on: anwser\n"}, "train_on: 'anwser' is not one of answer, output"),
+        ({"recipe": "base: 5\n"}, "base is a file or a list of files, found 5"),
+        ({"recipe": "base: [5]\n"}, r"base is a file or a list of files, found \[5\]"),
+        ({"recipe": "on: true\n"}, "the key True is no name"),
+        ({"recipe": "env: CUDA\n"}, "env as `NAME: value` lines, found 'CUDA'"),
+        ({"recipe": "output_dir: 2024-01-01\n"}, "another type than its setting"),
+        ({"recipe": "sparselora: [rank]\nsmoke: true\n"}, r"SparseLoRA settings as `name: value` lines, found \["),
     ],
-    ids=["circle", "list", "typo", "choice"],
+    ids=["circle", "list", "typo", "choice", "base", "bases", "key", "environment", "date", "section"],
 )
 def test_recipe_errors(tmp_path, files, message):
     with pytest.raises(ValueError, match=message):
-        parse(["--config", str(write(tmp_path, **files) / "recipe.yaml")])
+        parse(["--config", str(write(tmp_path, **files) / "recipe.yaml"), *REQUIRED])
+
+
+def test_sections_may_be_left_empty(tmp_path):
+    path = write(tmp_path, recipe="base:\nenv:\nsparselora:\n") / "recipe.yaml"
+    assert parse(["--config", str(path), *REQUIRED]).sparse is None
 
 
 def test_a_single_task_needs_no_list(tmp_path):

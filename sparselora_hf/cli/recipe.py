@@ -109,7 +109,7 @@ def read_recipe(path: str | Path, above: tuple[Path, ...] = ()) -> dict[str, Any
 
     Raises:
         OSError: no such file.
-        ValueError: no mapping, or a recipe that builds on itself.
+        ValueError: no mapping of names, a `base` that is no file, or a recipe that builds on itself.
     """
     import yaml
 
@@ -122,9 +122,15 @@ def read_recipe(path: str | Path, above: tuple[Path, ...] = ()) -> dict[str, Any
         raise ValueError(f"The recipe is no YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected `name: value` lines, found {type(values).__name__}.")
-    bases = values.pop("base", [])
+    strangers = [key for key in values if not isinstance(key, str)]
+    if strangers:
+        raise ValueError(f"{path}: the key {strangers[0]!r} is no name. YAML reads on, off, yes and no as booleans.")
+    bases = values.pop("base", None) or []
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ValueError(f"{path}: base is a file or a list of files, found {bases!r}.")
     merged: dict[str, Any] = {}
-    for base in [bases] if isinstance(bases, str) else bases:
+    for base in bases:
         merged = _merge(merged, read_recipe(path.parent / base, (*above, path)))
     return _merge(merged, values)
 
@@ -173,8 +179,11 @@ def _split_config(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     if place + 1 == len(flags):
         raise ValueError("--config needs the path of a recipe.")
     values = read_recipe(flags[place + 1])
-    for name, value in values.pop("env", {}).items():
-        os.environ[name] = str(value)
+    variables = values.pop("env", None) or {}
+    if not isinstance(variables, dict):
+        raise ValueError(f"Expected env as `NAME: value` lines, found {variables!r}.")
+    for name, value in variables.items():
+        os.environ[str(name)] = str(value)
     return flags[:place] + flags[place + 2 :], values
 
 
@@ -197,7 +206,10 @@ def parse_groups(argv: Sequence[str], groups: Sequence[type], prog: str) -> list
     unknown = parser.set_defaults_with_config(**values)
     if unknown:
         raise ValueError(f"The recipe has keys that nothing reads: {', '.join(n[2:] for n in unknown[::2])}.")
-    *arguments, sparse = parser.parse_args_into_dataclasses(args=flags)
+    try:
+        *arguments, sparse = parser.parse_args_into_dataclasses(args=flags)
+    except TypeError as error:  # a flag is text and is converted, a recipe's value is what YAML made of it
+        raise ValueError(f"A value of the recipe has another type than its setting: {error}") from error
     return [*arguments, sparse_config(vars(sparse))]
 
 
@@ -211,10 +223,11 @@ def _asks_for_smoke(flags: Sequence[str], values: dict[str, Any]) -> bool:
 
 
 def _in_small(values: dict[str, Any], known: set[str]) -> dict[str, Any]:
-    section = {**(values.get("sparselora") or {}), **_SMOKE_SPARSITY}
+    section = values.get("sparselora") or {}
+    to_arguments(section)  # what is wrong with it is said here as without --smoke
     folder = f"{values.get('output_dir', 'runs/recipe')}-smoke"
     small = {name: value for name, value in SMOKE.items() if name in known}
-    return {**values, **small, "output_dir": folder, "sparselora": section}
+    return {**values, **small, "output_dir": folder, "sparselora": {**section, **_SMOKE_SPARSITY}}
 
 
 def parse(argv: Sequence[str]) -> Recipe:
