@@ -59,6 +59,11 @@ def test_missing_model_is_one_line(folder, capsys):
     assert error.count("\n") == 1
 
 
+def test_held_out_rows_are_no_negative_number(folder, capsys):
+    assert main(["quickstart", "--test-rows", "-3", "--output-dir", str(folder)]) == 2
+    assert "test_rows: -3 is below 0" in capsys.readouterr().err
+
+
 def test_exact_match_counts_whole_answers():
     class Echo:
         device = "cpu"

@@ -81,6 +81,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _task(args: argparse.Namespace) -> Task:
+    if args.test_rows < 0:
+        raise ValueError(f"test_rows: {args.test_rows} is below 0, which holds out none.")
     rows = args.steps * args.batch
     train, test = _embedded_rows(rows, args) if args.dataset is None else _given_rows(rows, args)
     return Task(
