@@ -500,6 +500,15 @@ def test_no_network_for_the_model(world, capsys, offline, tmp_path):
     assert "The model no/such-model cannot be loaded" in line
 
 
+def test_the_tokenizer_is_the_trainings_own(world, tmp_path, tokenizer):
+    adapter = save_adapter(tmp_path, world / "base")
+    assert load_model(str(world / "base"), adapter)[1].chat_template == tokenizer.chat_template
+    trained = copy.deepcopy(tokenizer)
+    trained.chat_template = "{{ messages[0].content }}"
+    trained.save_pretrained(tmp_path)
+    assert load_model(str(world / "base"), adapter)[1].chat_template == trained.chat_template
+
+
 def test_the_adapter_is_applied(world):
     plain, _ = load_model(str(world / "base"), None)
     tuned, _ = load_model(str(world / "base"), str(world / "adapter"))

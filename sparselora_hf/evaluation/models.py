@@ -55,7 +55,7 @@ def load_model(base: str, adapter: str | None, dtype: str = "auto", four_bit: bo
     dtype = "float32" if on_cpu and dtype == "auto" else dtype
     extra = {"quantization_config": _four_bit()} if four_bit else {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(base)
+        tokenizer = AutoTokenizer.from_pretrained(_tokenizer_of(base, adapter))
         model = AutoModelForCausalLM.from_pretrained(
             base, dtype=dtype, device_map="cpu" if on_cpu else "auto", **extra
         )
@@ -65,6 +65,11 @@ def load_model(base: str, adapter: str | None, dtype: str = "auto", four_bit: bo
             "Name a folder: --model PATH."
         ) from error
     return (model if adapter is None else _with_adapter(model, base, adapter)).eval(), tokenizer
+
+
+def _tokenizer_of(base: str, adapter: str | None) -> str:
+    """Where the tokenizer is: a training saves its own, with the chat template and end token that it was told."""
+    return adapter if adapter and (Path(adapter) / "tokenizer_config.json").is_file() else base
 
 
 def _four_bit() -> Any:
