@@ -48,7 +48,7 @@ from .svd_cache import SvdCache
 from .versions import check_versions, peft_skips_model_hooks
 from .views import AttentionView, MlpView, Projection, base_linear, part_of
 
-__all__ = ["attach", "check_model", "sparsify"]
+__all__ = ["attach", "check_adapters", "check_model", "sparsify"]
 
 logger = logging.get_logger(__name__)
 
@@ -80,7 +80,12 @@ def _check_config(model: nn.Module, config: SparseLoraConfig, family: ModelFamil
     return family
 
 
-def _check_adapters(model: nn.Module) -> None:
+def check_adapters(model: nn.Module) -> None:
+    """Check that a model carries LoRA adapters, none of them on its head.
+
+    Raises:
+        ValueError: it does not.
+    """
     from peft.tuners.lora import LoraLayer
 
     base = causal_model(model)
@@ -123,7 +128,7 @@ def attach(
     """`sparsify` for a model whose weights have been through `check_model`: a pass over all of them is saved."""
     start = time.perf_counter()
     _check_config(model, config, family)
-    _check_adapters(model)
+    check_adapters(model)
     obstacle = blocker(causal_model(model).get_input_embeddings().weight.device) if config.kernels == "triton" else ""
     if obstacle:
         raise ValueError(f'kernels: "triton" cannot be had: {obstacle}. Use "auto", which takes Triton where it can.')

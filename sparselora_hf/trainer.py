@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 from trl import SFTTrainer
 
-from .attach import attach, check_model, sparsify
+from .attach import attach, check_adapters, check_model, sparsify
 from .callback import SparseLoraCallback
 from .checkpoints import newest_checkpoint
 from .collator import PLAN_KEY, PlanCollator
@@ -299,10 +299,17 @@ def _check_before(
     targets = getattr(peft_config, "target_modules", None) or ()
     if re.fullmatch(targets, "lm_head") if isinstance(targets, str) else "lm_head" in targets:
         raise ValueError("target_modules: a LoRA adapter on lm_head is not supported. Leave lm_head out.")
-    if peft_config is None and not isinstance(model, PeftModel):
+    if isinstance(peft_config, PeftConfig) and not isinstance(peft_config, LoraConfig):
         raise ValueError(
-            "SparseLoraTrainer trains LoRA adapters and the model carries none. Pass peft_config=LoraConfig(...)."
+            f"peft_config: {type(peft_config).__name__} gives the model no LoRA adapter, and SparseLoraTrainer trains "
+            "nothing else. Pass peft_config=LoraConfig(...), or use SFTTrainer."
         )
+    if peft_config is None:
+        if not isinstance(model, nn.Module):
+            raise ValueError(
+                "SparseLoraTrainer trains LoRA adapters and the model carries none. Pass peft_config=LoraConfig(...)."
+            )
+        check_adapters(model)
     if isinstance(model, (PreTrainedModel, PeftModel)):
         return check_model(model, config or SparseLoraConfig(), family)
     return None

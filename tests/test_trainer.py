@@ -11,13 +11,14 @@ from helpers import (
     VOCAB,
     assert_same,
     assert_untouched,
+    fill_adapters,
     lora_model,
     make_batch,
     relative_error,
     snapshot,
     tiny_model,
 )
-from peft import LoraConfig
+from peft import LoHaConfig, LoraConfig, PromptTuningConfig, get_peft_model, inject_adapter_in_model
 from training import Collator, DenseTrainer, SparseTrainer, assert_same_run, examples, make_trainer, metrics, trained
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
@@ -378,10 +379,15 @@ def test_default_configuration(tmp_path, layers):
 
 
 LORA = {"peft_config": LoraConfig(target_modules=["q_proj"])}
+LOHA = LoHaConfig(target_modules=["q_proj"])
+PROMPT = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
 NO_LABELS = Dataset.from_dict({"input_ids": [[3, 4, 5]] * 4, "labels": [[-100] * 3] * 4})
 WRONG = {
     "no labels": ({"data": NO_LABELS}, "No token of the first 4 training examples carries a label"),
-    "no LoRA": ({"model": tiny_model}, "carries none. Pass peft_config"),
+    "no LoRA": ({"model": tiny_model}, "carries no LoRA adapter.*Pass peft_config"),
+    "LoHa": ({"model": lambda: get_peft_model(tiny_model(), LOHA)}, "carries no LoRA adapter"),
+    "LoHa to be": ({"model": tiny_model, "peft_config": LOHA}, "peft_config: LoHaConfig gives the model no LoRA"),
+    "a prompt to be": ({"model": tiny_model, "peft_config": PROMPT}, "peft_config: PromptTuningConfig gives"),
     "lm_head": ({"model": tiny_model, "peft_config": LoraConfig(target_modules=["lm_head", "q_proj"])}, "lm_head"),
     "lm_head in a pattern": ({"model": tiny_model, "peft_config": LoraConfig(target_modules="lm_.*")}, "lm_head"),
     "layers": ({"config": SparseLoraConfig({"7": 0.5})}, "layer 7 does not exist"),
@@ -400,6 +406,18 @@ def test_wrong_input(tmp_path, settings, message):
     if "labels" not in message and "label" not in message:
         assert_untouched(model, before)
     assert not any("Sparse" in type(module).__name__ for module in model.modules())
+
+
+def test_adapters_without_a_wrapper(tmp_path):
+    """As transformers has them: PEFT's layers in the model, and no `PeftModel` around it."""
+
+    def model():
+        model = inject_adapter_in_model(LoraConfig(target_modules=["q_proj", "v_proj"]), tiny_model())
+        fill_adapters(model)
+        return model
+
+    dense, exact = (trained(tmp_path, config, model=model(), max_steps=2) for config in (None, SparseLoraConfig()))
+    assert_same_run(exact, dense)
 
 
 def test_start_step_after_end_step_in_steps_of_the_run(tmp_path):
