@@ -77,13 +77,14 @@ class Calibration:
             self.stand_ins[layer] = self._stand_in(layer, x.float(), h, read_whole(view.down.weight), keep)
 
     def _sample(self, key: str) -> torch.Tensor:
-        """Sampled rows of one part, without those that a broken batch made NaN or infinite."""
-        x = self.reservoir.get(key)
+        """Sampled rows of one part, without those that a broken batch made NaN or infinite, or never filled."""
+        x = self.reservoir.get(key) if key in self.reservoir.rows else torch.empty(0, 0)
         sound = x[x.isfinite().all(1)]
         if not len(sound):
             raise RuntimeError(
-                f"{key}: every hidden state that dense steps sampled holds NaN or infinity. Training has diverged "
-                "before sparsity started: lower the learning rate, or train in bf16 rather than fp16."
+                f"{key}: dense steps have left no sample. Where hidden states hold NaN or infinity, training has "
+                "diverged before sparsity started: lower the learning rate, or train in bf16 rather than fp16. Where "
+                "every forward pass ended in an error, let one dense step run to its end."
             )
         return sound
 

@@ -45,9 +45,9 @@ class Reservoir:
         return picks - held, slots
 
     def put(self, key: str, x: torch.Tensor, slots: torch.Tensor) -> None:
-        """Store rows ``x`` ``[K, H]`` in ``slots`` ``[K]``."""
+        """Store rows ``x`` ``[K, H]`` in ``slots`` ``[K]``; slots that were drawn and never filled hold NaN."""
         if key not in self.rows:
-            self.rows[key] = x.new_zeros(self.capacity, x.shape[1])
+            self.rows[key] = x.new_full((self.capacity, x.shape[1]), torch.nan)
         self.rows[key].index_copy_(0, slots.to(x.device), x.detach().to(self.rows[key].dtype))
 
     def get(self, key: str) -> torch.Tensor:
@@ -68,7 +68,8 @@ class Reservoir:
         first = sum(len(held) for held in priorities[: rank_and_world()[0]])
         slots = ((best >= first) & (best < first + len(self))).nonzero().squeeze(1)
         for key, (width, dtype) in sorted({key: shape for each in shapes for key, shape in each.items()}.items()):
-            held = self.rows.get(key, torch.zeros(self.capacity, width, dtype=dtype, device=device))
+            blank = torch.full((self.capacity, width), torch.nan, dtype=dtype, device=device)
+            held = self.rows.get(key, blank)
             rows = torch.zeros_like(held)
             rows[slots.to(held.device)] = held[(best[slots] - first).to(held.device)]
             add_up(rows)  # every slot is one rank's, the others add zero
@@ -86,6 +87,6 @@ class Reservoir:
         for name, rows in tensors.items():
             if name.startswith("rows."):
                 rows = rows[rank::world]
-                full = rows.new_zeros(self.capacity, rows.shape[1])
+                full = rows.new_full((self.capacity, rows.shape[1]), torch.nan)
                 full[: len(rows)] = rows
                 self.rows[name.removeprefix("rows.")] = full

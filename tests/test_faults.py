@@ -1,5 +1,6 @@
 """Things going wrong: what is left of model, cache and checkpoint, and how a run goes on."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -269,6 +270,40 @@ def test_out_of_memory_with_a_batch_size_to_be_found(tmp_path):
     trainer.train()
     assert trainer._train_batch_size == 3
     assert trainer.losses == pytest.approx(want.losses, rel=1e-6)
+
+
+@pytest.mark.parametrize("criterion", ["static", "output", "svd_whitened"])
+@pytest.mark.parametrize("first", [True, False], ids=["first step", "second"])
+def test_a_forward_that_ends_in_an_error_teaches_nothing(criterion, first, batch):
+    """A loop that skips a batch for which memory was short: the layers above the error saw nothing of it."""
+    config, got = STATIC.replace(criterion=criterion), []
+    for broken in (True, False):
+        model = lora_model()
+        layer = model.base_model.model.model.layers[1].mlp
+        with sparsify(model, config) as handle:
+            for seed in (4, 5) if first else (5, 4):
+                hook = layer.register_forward_pre_hook(lambda *_: 1 / 0) if broken and seed == 4 else None
+                with pytest.raises(ZeroDivisionError) if hook else contextlib.nullcontext():
+                    model(**make_batch(seed=seed))
+                if hook:
+                    hook.remove()
+            sample = handle.state.calibration._sample("mlp.1")
+            got.append(sample)
+            handle.set_enabled(True)
+            assert loss_and_gradients(model, batch)[0].isfinite()
+    part, whole = got
+    assert 0 < len(part) < len(whole)
+    assert all((whole == row).all(1).any() for row in part)  # nothing is made up
+
+
+def test_nothing_but_forwards_that_end_in_an_error(batch):
+    model = lora_model()
+    with sparsify(model, STATIC) as handle:
+        Thrower(model.base_model.model.model.layers[0].mlp, 1, OUT_OF_MEMORY)
+        with pytest.raises(torch.OutOfMemoryError):
+            model(**batch)
+        with pytest.raises(RuntimeError, match="let one dense step run to its end"):
+            handle.set_enabled(True)
 
 
 def test_error_in_a_plain_trainers_forward_leaves_a_model_that_restores(batch):
