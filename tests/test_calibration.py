@@ -87,6 +87,22 @@ def test_saved_and_loaded(config, fitted, tmp_path, batch):
         assert_same(loss_and_gradients(model, batch), want, 1e-6)
 
 
+@learning
+def test_a_fit_under_autocast_takes_float32_all_the_same(config):
+    """A loop of one's own may be under autocast as a whole; Gram matrices of 16 bits are not even positive."""
+    fits = []
+    for dtype in (None, torch.bfloat16, torch.float16):
+        model = lora_model()
+        with sparsify(model, config) as handle:
+            warm_up(model)
+            with torch.autocast("cpu", dtype, enabled=dtype is not None):
+                handle.set_enabled(True)
+            fits.append(handle.state.calibration.tensors(handle.device))
+    for fit in fits[1:]:
+        assert fit.keys() == fits[0].keys()
+        assert all(torch.equal(fit[name], want) for name, want in fits[0].items())
+
+
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
 @learning
 def test_recomputation_is_not_observed_twice(config, checkpointed, batch):
