@@ -298,6 +298,21 @@ def test_results_and_what_they_depend_on(world, tmp_path, capsys):
     assert "of 10" in capsys.readouterr().out
 
 
+def test_results_are_written_whole_or_not_at_all(world, tmp_path, monkeypatch):
+    assert run(world, "--task", "mawps", "--output", str(tmp_path)) == 0
+    before = (tmp_path / "results.json").read_text()
+    replace = os.replace
+
+    def ended(source, target):
+        if str(target).endswith("results.json"):
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", ended)
+    assert run(world, "--task", "boolq", "--output", str(tmp_path)) == 130
+    assert (tmp_path / "results.json").read_text() == before
+
+
 def test_pass_at_k(world, tmp_path):
     flags = ("--samples", "3", "--temperature", "1", "--output", str(tmp_path))
     assert run(world, "--task", "arc_agi", *flags) == 0

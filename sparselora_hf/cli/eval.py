@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..files import write_atomically
 from .settings import positive
 
 __all__ = ["main"]
@@ -118,9 +119,8 @@ class _Evaluation:
 def _write(folder: Path, name: str, result: dict[str, Any]) -> None:
     """Add one task's result to those that the folder holds."""
     path = folder / RESULTS
-    folder.mkdir(parents=True, exist_ok=True)
     results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    path.write_text(json.dumps({**results, name: result}, indent=2, default=str) + "\n", encoding="utf-8")
+    write_atomically(path, json.dumps({**results, name: result}, indent=2, default=str).encode() + b"\n")
 
 
 def _line(name: str, result: dict[str, Any]) -> str:
