@@ -73,6 +73,9 @@ def _text_batch(batch: Mapping[str, list[str]], window: TextWindow) -> dict[str,
 
 
 def _format_batch(batch: Mapping[str, list[Any]], prompt_format: str, column: str) -> dict[str, list[str]]:
+    for name in (*FORMATS[prompt_format].columns, column):
+        if None in batch[name]:  # an empty cell of a CSV file, too; as text it would be trained on as "None"
+            raise ValueError(f"Prompt format {prompt_format!r} needs {name} in every row, and one has none there.")
     rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
     examples = [FORMATS[prompt_format].build(row, column) for row in rows]
     return _columns([example for example in examples if example is not None])
@@ -178,14 +181,17 @@ def read_rows(name: str, split: str = "train", config_name: str | None = None) -
 
     Raises:
         OSError: no such file or dataset, or no network to fetch it.
-        ValueError: a file of another kind.
+        ValueError: a file of another kind, or not what its name says.
     """
     import datasets
 
     path = _fetched(name) if name.startswith(_URLS) else Path(name)
     suffix = path.suffix.lower()
     if suffix in _READERS and path.is_file():
-        return datasets.load_dataset(_READERS[suffix], data_files=str(path), split=split)
+        try:
+            return datasets.load_dataset(_READERS[suffix], data_files=str(path), split=split)
+        except datasets.exceptions.DatasetGenerationError as error:
+            raise ValueError(f"{name}: this {suffix} file cannot be read: {error.__cause__ or error}") from error
     if suffix == ".txt" and path.is_file():
         return datasets.Dataset.from_dict({"text": [path.read_text(encoding="utf-8")]})
     if path.is_file():

@@ -184,6 +184,18 @@ def test_a_file_from_the_web_is_fetched_once(math_file):
         load_examples(url.replace("math", "other"))
 
 
+def test_an_empty_cell_is_no_answer(tmp_path):
+    (tmp_path / "a.csv").write_text("instruction,output\nwhy,so\nwhat,\n")
+    with pytest.raises(ValueError, match="'alpaca' needs output in every row"):
+        load_examples(str(tmp_path / "a.csv"), prompt_format="alpaca")
+
+
+def test_a_file_that_is_not_what_its_name_says(tmp_path):
+    (tmp_path / "a.json").write_text("{")
+    with pytest.raises(ValueError, match=r"a\.json: this \.json file cannot be read: JSON parse error"):
+        load_examples(str(tmp_path / "a.json"))
+
+
 def test_load_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such file"):
         load_examples(str(tmp_path / "missing.json"))
