@@ -207,7 +207,13 @@ def test_batches_hold_prompts_of_like_length_once(tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"), [({"new_tokens": 0}, "new_tokens"), ({"new_tokens": 1, "samples": 2}, "Set --temp")]
+    ("arguments", "message"),
+    [
+        ({"new_tokens": 0}, "new_tokens"),
+        ({"new_tokens": 1, "samples": 2}, "Set --temp"),
+        ({"new_tokens": 1, "temperature": -1.0}, "temperature: -1.0"),
+        ({"new_tokens": 1, "temperature": float("nan")}, "temperature: nan"),
+    ],
 )
 def test_sampling_errors(arguments, message):
     with pytest.raises(ValueError, match=message):
@@ -460,6 +466,26 @@ def test_an_unknown_task(world, capsys):
 
 def test_nothing_to_evaluate(capsys):
     assert "Name an adapter" in error_of(capsys, lambda: main(["eval", "--task", "gsm8k"]))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("mt_bench", "--samples", "2", "--temperature", "1"), "in the conversations of mt_bench every turn has one"),
+        (("gsm8k", "--dtype", "float31"), "dtype: 'float31' is neither auto nor a type"),
+    ],
+    ids=["samples", "dtype"],
+)
+def test_settings_that_cannot_be(world, tmp_path, capsys, flags, message):
+    assert message in error_of(capsys, lambda: run(world, "--output", str(tmp_path / "out"), "--task", *flags))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("tests", [[], [{"input": [[0]]}]], ids=["none", "no output"])
+def test_a_puzzle_without_its_solution(world, tmp_path, capsys, tests):
+    (tmp_path / "arc_agi.json").write_text(json.dumps([{"train": [], "test": tests}]))
+    call = lambda: run(world, "--task", "arc_agi", "--data", str(tmp_path), "--output", str(tmp_path))  # noqa: E731
+    assert "has no test, or one without its output" in error_of(capsys, call)
 
 
 def test_no_such_adapter(capsys, tmp_path):

@@ -76,6 +76,9 @@ class _Evaluation:
         self.output = args.output or _own_folder(args.adapter or base)
         self.sampling = {task.name: _sampling(task, args) for task in tasks}
         self.questions = {task.name: load_questions(task, args.data, args.limit) for task in tasks}
+        for name, questions in self.questions.items():
+            if self.sampling[name].samples > 1 and any(len(question.turns) > 1 for question in questions):
+                raise ValueError(f"samples: in the conversations of {name} every turn has one answer. Leave it out.")
         self.adapter = adapter_hash(args.adapter) or args.adapter
         self._loaded: tuple[Any, Any] | None = None
 

@@ -32,6 +32,8 @@ class Sampling:
         for field in ("new_tokens", "samples"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field}: {getattr(self, field)} is below 1.")
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature: {self.temperature} is no number of 0 or more.")
         if self.samples > 1 and not self.temperature:
             raise ValueError(f"samples: {self.samples} answers at temperature 0 are all the same. Set --temperature.")
 

@@ -46,11 +46,13 @@ def load_model(base: str, adapter: str | None, dtype: str = "auto", four_bit: bo
 
     Raises:
         OSError: base or tokenizer cannot be reached.
-        ValueError: the adapter is of another base model.
+        ValueError: the adapter is of another base model, or `dtype` is no type.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"dtype: {dtype!r} is neither auto nor a type of torch, as bfloat16 is.")
     on_cpu = not torch.accelerator.is_available()
     dtype = "float32" if on_cpu and dtype == "auto" else dtype
     extra = {"quantization_config": _four_bit()} if four_bit else {}

@@ -105,6 +105,8 @@ def _talk_question(number: int, row: Mapping[str, Any]) -> list[Question]:
 
 def _grid_questions(number: int, row: Mapping[str, Any]) -> list[Question]:
     name = row.get("name", number)
+    if not row["test"] or not all(pair.get("output") for pair in row["test"]):
+        raise ValueError(f"Row {number}: the task {name} has no test, or one without its output.")
     return [
         Question(f"{name}/{place}", [conversation(row["train"], pair["input"])], pair["output"], row)
         for place, pair in enumerate(row["test"])
