@@ -250,8 +250,10 @@ def _slice_branch(handle: SparseLoraHandle, module: nn.Module, link: LayerLink) 
     if isinstance(module, nn.Linear):
         return  # no adapter on this projection
     branch, mixin = (module.lora_A, SlicedInput) if link.role == "o" else (module.lora_B, SlicedOutput)
-    for linear in branch.values():
-        _patch(handle, linear, mixin, link)
+    for name, linear in branch.items():
+        # DoRA sends an identity through the branch, whose rows are no tokens; AdaLoRA has bare matrices
+        if isinstance(linear, nn.Linear) and name not in module.lora_variant:
+            _patch(handle, linear, mixin, link)
 
 
 def _patch(handle: SparseLoraHandle, module: nn.Module, mixin: type, link: LayerLink) -> None:

@@ -67,7 +67,8 @@ class SparseLoraConfig:
         token_rule: a token is dense when its own label or the next one counts (``label_or_predictor``), or
             only its own (``label``, the paper's rule).
         lora_branch: the LoRA branch of sparse attention projections computes all channels (``dense``, the
-            paper) or is zero on dropped ones (``sliced``). On MLP projections it always follows the kept ones.
+            paper) or is zero on dropped ones (``sliced``, plain LoRA alone). On MLP projections it always follows the
+            kept ones.
         exact: savings that change no number: True for all, False for none, or names out of ``activations``,
             ``adapters``, ``frozen_below``, ``last_layer``, ``logits``, ``norms``, ``padding``, ``recomputation`` and
             ``rotary``.

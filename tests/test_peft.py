@@ -156,3 +156,22 @@ def test_dora_trains(tmp_path):
     trainer = trained(tmp_path, SPARSE.replace(start_step=1), model=model, data=data, **settings)
     assert trainer.losses[-1] < 0.7 * trainer.losses[0]
     assert any(d.outcome == "sparse" for d in trainer.sparse_handle.decisions)
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3"])
+def test_a_branch_with_dora_is_not_sliced(batch, name):
+    """DoRA takes its norms from an identity that it sends through the branch, which is zero at first."""
+    config, results = SPARSE.replace(mlp_sparsity=0.0, criterion="static"), []
+    for branch in ("dense", "sliced"):
+        model = add_lora(zoo_model(name), lora_targets(zoo_model(name), "attention"), use_dora=True).train()
+        weights = {key: p.data for key, p in model.named_parameters() if "lora_B" in key}
+        filled = {key: weight.clone() for key, weight in weights.items()}
+        for weight in weights.values():
+            weight.zero_()
+        with sparsify(model, config.replace(lora_branch=branch), progress=False) as handle:
+            for key, weight in weights.items():
+                weight.copy_(filled[key])
+            model(**batch)
+            handle.set_enabled(True)
+            results.append(loss_and_gradients(model, batch))
+    assert_same(results[1], results[0])
