@@ -156,6 +156,7 @@ def attach(
         handle._hooks += ForwardHook(handle.state).register(*_entrances(model))
         handle._hooks += CompactHook(handle.state).register(part_of(language_decoder(model), family, "norm"))
         _detach_lowest(handle)
+        _keep_averages(handle)
         _make_lean(handle, layers)
         _keep_attention(handle)
     except BaseException:
@@ -273,6 +274,13 @@ def _detach_lowest(handle: SparseLoraHandle) -> None:
         handle.state.withheld["frozen_below"] = f"{below} is trained and lies below the decoder layers"
     elif lowest is not None:
         handle._hooks += DetachHook(handle.state).register(lowest)
+
+
+def _keep_averages(handle: SparseLoraHandle) -> None:
+    """VeLoRA compresses what an adapter reads by its average over all positions: none of them may be left out."""
+    if any(hasattr(module, "lora_velora_embed") for module in handle.model.modules()):
+        names = {"last_layer", "padding"} & set(handle.config.exact)
+        handle.state.withheld.update(dict.fromkeys(sorted(names), "VeLoRA adapters average over all positions"))
 
 
 def _make_lean(handle: SparseLoraHandle, layers: list[Layer]) -> None:

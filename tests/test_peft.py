@@ -16,7 +16,7 @@ from helpers import (
 )
 from peft import LoraConfig
 from test_families import compare, exactly, result
-from training import examples, trained
+from training import assert_same_run, examples, trained
 from zoo import lora_targets, zoo_lora, zoo_model
 
 from sparselora_hf import sparsify
@@ -175,3 +175,13 @@ def test_a_branch_with_dora_is_not_sliced(batch, name):
             handle.set_enabled(True)
             results.append(loss_and_gradients(model, batch))
     assert_same(results[1], results[0])
+
+
+@pytest.mark.skipif(not hasattr(LoraConfig, "velora_config"), reason="VeLoRA came with PEFT 0.21")
+def test_velora_averages_over_all_positions(tmp_path):
+    dense, exact = (
+        trained(tmp_path, config, model=zoo_lora("llama", "all", velora_config={"num_groups": 4}), max_steps=2)
+        for config in (None, DENSE)
+    )
+    assert_same_run(exact, dense)
+    assert "exact saving padding: off (VeLoRA" in exact.sparse_handle.report()
