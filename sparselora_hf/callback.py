@@ -78,7 +78,7 @@ class SparseLoraCallback(TrainerCallback):
         named = [self.handle.source, given if isinstance(given, str) else None]
         usual = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
         folders = [Path(folder) for folder in (*named, usual) if folder and (Path(folder) / CONFIG_FILE).is_file()]
-        if folders and SparseLoraConfig.from_yaml(folders[0]).to_dict() == self.handle.config.to_dict():
+        if folders and SparseLoraConfig.from_yaml(folders[0]).learns_as(self.handle.config):
             self.handle.load(folders[0])
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:

@@ -29,6 +29,19 @@ EXACT_SAVINGS = (
     "rotary",
 )
 
+# what dense steps teach depends on these
+_TEACHING = (
+    "mlp_sparsity",
+    "attention_sparsity",
+    "rank",
+    "criterion",
+    "compensation",
+    "compensation_rank",
+    "calibration_tokens",
+    "token_rule",
+    "seed",
+)
+
 _CHOICES = {
     "compensation": ("none", "mean", "low_rank"),
     "criterion": ("svd", "svd_mean", "svd_whitened", "sampled", "static", "output", "oracle", "random"),
@@ -142,6 +155,11 @@ class SparseLoraConfig:
     def needs_statistics(self) -> bool:
         """Whether dense steps must gather activations before sparsity can start."""
         return self.criterion in ("static", "output", "svd_whitened") or self.compensation != "none"
+
+    def learns_as(self, other: "SparseLoraConfig") -> bool:
+        """Whether dense steps teach the same under both, so that a checkpoint of the one serves a run of the other."""
+        mine, others = self.to_dict(), other.to_dict()
+        return all(mine[field] == others[field] for field in _TEACHING)
 
     def layer_sparsity(self, num_layers: int) -> tuple[list[float], list[float]]:
         """MLP and attention sparsity per layer; raises ValueError where a layer does not exist."""

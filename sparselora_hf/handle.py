@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import nn
 from tqdm.auto import tqdm
@@ -26,6 +26,7 @@ __all__ = ["CALIBRATION_FILE", "Decision", "SparseLoraHandle"]
 logger = logging.get_logger(__name__)
 
 CALIBRATION_FILE = "sparselora_calibration.safetensors"
+_PARTS = "sparse_parts"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,14 +201,16 @@ class SparseLoraHandle:
         Path(folder).mkdir(parents=True, exist_ok=True)
         if tensors:
             tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-            write_atomically(Path(folder) / CALIBRATION_FILE, save(tensors))
+            metadata = {_PARTS: " ".join(sorted(self._sparse_parts()))} if self.is_attached else None
+            write_atomically(Path(folder) / CALIBRATION_FILE, save(tensors, metadata))
         self.config.to_yaml(Path(folder))
 
     def load(self, folder: str | Path) -> bool:
         """Take back what dense steps had taught by the time a checkpoint was written.
 
         Returns:
-            Whether there was anything to take; if not, a new sample is gathered from the next dense steps.
+            Whether there was anything to take that serves every sparse part; if not, a new sample is gathered from the
+            next dense steps.
 
         Raises:
             ValueError: the file is damaged.
@@ -219,13 +222,26 @@ class SparseLoraHandle:
             return False
         try:
             tensors = load_file(path)
+            with safe_open(path, framework="pt") as file:
+                parts = (file.metadata() or {}).get(_PARTS)
         except (SafetensorError, OSError) as error:
             raise ValueError(
                 f"{path} is damaged ({error}). Resume from another checkpoint, or delete the file: a new sample is "
                 "then gathered from dense steps."
             ) from error
+        missing = self._sparse_parts() - set(parts.split()) if parts is not None else ()
+        if missing:
+            logger.warning(
+                f"SparseLoRA: {path} was written where {len(missing)} of the projections and MLPs that are sparse "
+                "here were dense, and does not serve them. A new sample is gathered from dense steps."
+            )
+            return False
         calibration.load({name: tensor.to(_device_of(name, devices)) for name, tensor in tensors.items()})
         return True
+
+    def _sparse_parts(self) -> set[str]:
+        """Layer and role of everything that drops channels."""
+        return {f"{link.layer}.{link.role}" for link in map(link_of, self._patched) if link.keep is not None}
 
     def _layer_devices(self) -> dict[str, torch.device]:
         layers = decoder_layers(self.model, self.config, self.family)

@@ -223,3 +223,23 @@ def test_default_rank_and_sample_grow_with_the_width(hidden, rank, tokens):
 )
 def test_is_sparse(values, sparse):
     assert SparseLoraConfig(**values).is_sparse is sparse
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        ({"cache_dir": "elsewhere", "end_step": 0.5, "start_step": 3, "kernels": "torch"}, True),
+        ({"exact": False, "lora_branch": "sliced", "score_tokens": 7, "dense_if_slower": False}, True),
+        ({"mlp_sparsity": {"3": 0.9}}, True),
+        ({"mlp_sparsity": {3: 0.8}}, False),
+        ({"attention_sparsity": 0.5}, False),
+        ({"token_rule": "label"}, False),
+        ({"seed": 1}, False),
+        ({"calibration_tokens": 64}, False),
+        ({"compensation_rank": 4}, False),
+    ],
+    ids=str,
+)
+def test_what_dense_steps_teach_depends_on(change, same):
+    config = SparseLoraConfig(mlp_sparsity={3: 0.9}, criterion="static", compensation="low_rank")
+    assert config.learns_as(config.replace(**change)) == same

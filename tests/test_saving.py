@@ -1,5 +1,6 @@
 """What a run leaves on disk: adapters that plain PEFT reads, checkpoints that a run resumes from."""
 
+import dataclasses
 import json
 
 import pytest
@@ -7,10 +8,10 @@ import torch
 from helpers import ATTENTION, MLP, SPARSE, lora_model, run_python, tiny_model
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
-from training import make_trainer, trained
+from training import make_trainer, metrics, trained
 from transformers import AutoModelForCausalLM
 
-from sparselora_hf import SparseLoraConfig
+from sparselora_hf import SparseLoraConfig, attach
 from sparselora_hf.config import CONFIG_FILE
 
 CRITERIA = {
@@ -154,6 +155,36 @@ def test_configuration_given_wins_over_the_checkpoints(tmp_path, caplog):
     resumed = trained(tmp_path, mine, resume=str(tmp_path / "checkpoint-2"), max_steps=4, **settings)
     assert resumed.sparse_config == mine
     assert "other SparseLoRA settings; yours are used" in caplog.text
+
+
+@pytest.mark.parametrize("step", [1, 4], ids=["before sparsity", "after"])
+def test_statistics_serve_other_settings_that_do_not_touch_them(tmp_path, step):
+    """A run that goes on where the cache lies elsewhere, or with exact savings that its first part did not know."""
+    config, settings = CRITERIA["output"], {"save_strategy": "steps", "save_steps": 1}
+    whole = trained(tmp_path, config, **settings)
+    other = config.replace(cache_dir=str(tmp_path / "cache"), end_step=100, exact=("logits", "padding"))
+    resumed = trained(tmp_path, other, resume=str(tmp_path / f"checkpoint-{step}"))
+    assert resumed.losses == pytest.approx(whole.losses[step:], rel=1e-4)
+
+
+@pytest.mark.parametrize("config", ["static", "output", "svd_whitened", "low rank"])
+@pytest.mark.parametrize("step", [1, 4], ids=["before sparsity", "after"])
+def test_checkpoint_of_a_run_with_fewer_sparse_parts(tmp_path, config, step, monkeypatch, caplog):
+    """As where another device, or a check at attach, had left one dense: a new sample serves all of them."""
+    decide, settings = attach.decide, {"save_strategy": "steps", "save_steps": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr(attach, "decide", lambda part, c: dense_mlp_of_layer_0(decide(part, c)))
+        trained(tmp_path, CRITERIA[config], **settings)
+    resumed = trained(tmp_path, CRITERIA[config], resume=str(tmp_path / f"checkpoint-{step}"))
+    assert "1 of the projections and MLPs that are sparse here were dense" in caplog.text
+    sparse = [value > 0 for value in metrics(resumed, "sparselora/channel_sparsity")][step:]
+    assert sparse == [False] + [True] * (5 - step)
+
+
+def dense_mlp_of_layer_0(decision):
+    if not decision.name.endswith("layers.0.mlp"):
+        return decision
+    return dataclasses.replace(decision, outcome="exact", keep=decision.width)
 
 
 def test_checkpoint_of_sft_can_be_resumed_sparse(tmp_path):
