@@ -7,11 +7,12 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from helpers import ROOT
 
 from sparselora_hf import SparseLoraConfig
 from sparselora_hf.cli.main import main
-from sparselora_hf.cli.recipe import parse, read_recipe
+from sparselora_hf.cli.recipe import parse, parse_groups, read_recipe
 from sparselora_hf.cli.sft import make_trainer, prepare, trainer_keywords
 from sparselora_hf.evaluation.tasks import find_tasks
 from sparselora_hf.presets import PRESETS
@@ -251,6 +252,28 @@ def test_smoke_of_glue(tmp_path, capsys):
 @pytest.fixture(scope="module")
 def glue():
     return load(FOLDER / "glue" / "train.py")
+
+
+@pytest.fixture
+def glue_trainer(glue, tmp_path):
+    """The trainer of GLUE's script in small, with more flags."""
+    trl, transformers = pytest.importorskip("trl"), pytest.importorskip("transformers")
+
+    def made(*flags):
+        argv = ["--config", str(ALL["glue/qwen3-8b"]), "--smoke", "--output_dir", str(tmp_path), *flags]
+        groups = (glue.GlueArguments, transformers.TrainingArguments, trl.ModelConfig)
+        return glue.make_trainer(*parse_groups(argv, groups, "glue"))[0]
+
+    return made
+
+
+def test_head_and_adapters_of_glue_follow_the_seed(glue_trainer):
+    drawn = []
+    for seed in ("1", "1", "2"):
+        trained = {name: p for name, p in glue_trainer("--seed", seed).model.named_parameters() if p.requires_grad}
+        drawn.append([p for name, p in trained.items() if "lora_A" in name or "score" in name])
+    assert all(map(torch.equal, drawn[0], drawn[1]))
+    assert not any(map(torch.equal, drawn[0], drawn[2]))
 
 
 def test_glue_metrics_of_known_cases(glue):

@@ -117,7 +117,7 @@ def encode(batch: dict[str, list], tokenizer: Any, columns: tuple[str, ...], max
 def make_trainer(args: GlueArguments, training: Any, model_args: Any, sparse: SparseLoraConfig | None) -> tuple:
     """Trainer and the sparsity in force, None when dense."""
     from peft import get_peft_model
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, set_seed
     from trl import get_peft_config
 
     task, name = TASKS[args.task_name], model_args.model_name_or_path
@@ -127,6 +127,7 @@ def make_trainer(args: GlueArguments, training: Any, model_args: Any, sparse: Sp
     training.num_train_epochs = args.epochs or task.epochs
     tokenizer = AutoTokenizer.from_pretrained(name)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    set_seed(training.seed)  # head and adapters are drawn here, before the Trainer sets it
     model = AutoModelForSequenceClassification.from_pretrained(
         name, num_labels=task.classes, dtype=model_args.dtype, attn_implementation=model_args.attn_implementation
     )
