@@ -276,6 +276,12 @@ def test_head_and_adapters_of_glue_follow_the_seed(glue_trainer):
     assert not any(map(torch.equal, drawn[0], drawn[2]))
 
 
+def test_the_head_of_glue_learns_in_float32(glue_trainer):
+    model = glue_trainer("--dtype", "bfloat16", "--bf16", "true").model
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert model.base_model.model.model.embed_tokens.weight.dtype == torch.bfloat16
+
+
 def test_glue_metrics_of_known_cases(glue):
     """Worked out by hand: 2 true positives, 1 false positive, 1 false negative, 1 true negative."""
     told, labels = np.array([1, 1, 1, 0, 0]), np.array([1, 1, 0, 1, 0])
