@@ -277,9 +277,9 @@ def test_a_run_goes_on_from_its_newest_checkpoint(capsys, tmp_path):
     ("given", "want"), [("true", True), ("True", True), ("false", None), (None, None), ("folder", "folder")]
 )
 def test_where_a_run_goes_on_from(given, want):
-    from sparselora_hf.cli.sft import _resumed
+    from sparselora_hf.cli.sft import resumed
 
-    assert _resumed(given) is want
+    assert resumed(given) is want
 
 
 @needs_data

@@ -282,6 +282,21 @@ def test_the_head_of_glue_learns_in_float32(glue_trainer):
     assert model.base_model.model.model.embed_tokens.weight.dtype == torch.bfloat16
 
 
+def test_glue_goes_on_from_its_newest_checkpoint(glue, tmp_path, capsys):
+    flags = ["--config", str(ALL["glue/qwen3-8b"]), "--smoke", "--output_dir", str(tmp_path)]
+    flags += ["--save_strategy", "steps", "--save_steps", "2"]
+    assert glue.main([*flags, "--max_steps", "2"]) == 0
+    assert glue.main([*flags, "--max_steps", "4", "--resume_from_checkpoint", "true"]) == 0
+    assert (tmp_path / "checkpoint-4").is_dir()
+
+
+def test_epochs_of_glue(glue_trainer):
+    assert glue_trainer("--task_name", "mrpc").args.num_train_epochs == 5
+    assert glue_trainer("--task_name", "mrpc", "--epochs", "1").args.num_train_epochs == 1
+    with pytest.raises(ValueError, match="num_train_epochs: here the task decides"):
+        glue_trainer("--num_train_epochs", "1")
+
+
 def test_glue_metrics_of_known_cases(glue):
     """Worked out by hand: 2 true positives, 1 false positive, 1 false negative, 1 true negative."""
     told, labels = np.array([1, 1, 1, 0, 0]), np.array([1, 1, 0, 1, 0])

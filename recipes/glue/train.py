@@ -16,6 +16,7 @@ import numpy as np
 
 from sparselora_hf import SparseLoraCallback, SparseLoraConfig
 from sparselora_hf.cli.recipe import parse_groups
+from sparselora_hf.cli.sft import resumed
 from sparselora_hf.cli.smoke import make_model, sparse_in_small
 from sparselora_hf.evaluation.interval import wilson
 
@@ -124,6 +125,8 @@ def make_trainer(args: GlueArguments, training: Any, model_args: Any, sparse: Sp
     if args.smoke and name is None:
         name = str(make_model(Path(training.output_dir) / "base", args.smoke_shape, ["Line 1 of sentence."]))
         sparse = sparse_in_small(sparse, args.smoke_shape)
+    if training.num_train_epochs != type(training).num_train_epochs:
+        raise ValueError("num_train_epochs: here the task decides. Say epochs instead.")
     training.num_train_epochs = args.epochs or task.epochs
     tokenizer = AutoTokenizer.from_pretrained(name)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -189,7 +192,7 @@ def main(argv: Sequence[str]) -> int:
 
     args, training, model_args, sparse = parse_groups(argv, (GlueArguments, TrainingArguments, ModelConfig), "glue")
     trainer, sparse = make_trainer(args, training, model_args, sparse)
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=resumed(training.resume_from_checkpoint))
     trainer.save_model(training.output_dir)
     if sparse is not None and trainer.is_world_process_zero():
         sparse.to_yaml(training.output_dir)

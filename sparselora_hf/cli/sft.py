@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from .recipe import DATA_FILE, DataArguments, Recipe, parse
 
-__all__ = ["DataArguments", "Recipe", "main", "make_trainer", "parse", "trainer_keywords"]
+__all__ = ["DataArguments", "Recipe", "main", "make_trainer", "parse", "resumed", "trainer_keywords"]
 
 logger = logging.get_logger(__name__)
 
@@ -213,7 +213,7 @@ def prepare(argv: Sequence[str]) -> Recipe:
     return recipe
 
 
-def _resumed(given: str | None) -> str | bool | None:
+def resumed(given: str | None) -> str | bool | None:
     """Where to go on from: a flag gives text, in which ``true`` is the newest checkpoint and ``false`` none."""
     return {"true": True, "false": None}.get(str(given).lower(), given)
 
@@ -224,7 +224,7 @@ def _train(recipe: Recipe) -> bool:
 
     trainer = make_trainer(recipe, trainer_keywords(recipe))
     start = time.perf_counter()
-    result = trainer.train(resume_from_checkpoint=_resumed(recipe.training.resume_from_checkpoint))
+    result = trainer.train(resume_from_checkpoint=resumed(recipe.training.resume_from_checkpoint))
     seconds = time.perf_counter() - start
     trainer.save_model(recipe.training.output_dir)
     if recipe.training.push_to_hub:
