@@ -6,15 +6,19 @@ from helpers import (
     ATTENTION,
     MLP,
     SPARSE,
+    add_lora,
     assert_same,
     differs,
     flatten_batch,
     lora_model,
     loss_and_gradients,
     make_batch,
+    tiny_model,
 )
+from transformers import AutoModelForCausalLM
 
 from sparselora_hf import sparsify
+from sparselora_hf.modules.forward import logger
 
 SPARSE = SPARSE.replace(mlp_sparsity=0.9, attention_sparsity={"1-2": 0.75})
 
@@ -47,6 +51,24 @@ def test_evaluation_is_exactly_dense(model, batch):
         assert torch.equal(model.generate(batch["input_ids"][:1, :5], max_new_tokens=6, do_sample=False), plain)
         assert_same(loss_and_gradients(model.train(), batch), sparse, 1e-7)  # and training goes on as before
     assert torch.equal(logits(model.eval(), batch), want)
+
+
+@pytest.mark.parametrize("config", [SPARSE, SPARSE.replace(criterion="static")], ids=["sparse", "waits for a sample"])
+def test_steps_in_evaluation_mode_are_warned_of(config, batch, tmp_path, caplog):
+    """A model by `from_pretrained` is in that mode, though PEFT's wrapper says that it is in training."""
+    tiny_model().save_pretrained(tmp_path / "base")
+    model = add_lora(AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
+    assert model.training
+    logger.warning_once.cache_clear()
+    with sparsify(model, config) as handle:
+        handle.set_enabled(config is SPARSE)
+        with torch.no_grad():
+            model(**batch)
+        model.train()(**batch)
+        assert "evaluation mode" not in caplog.text
+        for _ in range(2):
+            model.eval()(**batch).loss.backward()
+    assert caplog.text.count("in evaluation mode, where it is dense") == 1
 
 
 def test_training_mode_without_gradients_is_dense(model, batch):

@@ -39,6 +39,7 @@ class ForwardHook:
         """Decide on the batch of this forward."""
         self.state.set_aside.append(self.state.batch)
         if not module.training or not torch.is_grad_enabled():
+            self._warn_in_evaluation_mode(module, kwargs)
             self.state.end()
         elif not self.state.pinned or not self._is_pinned(kwargs.get("input_ids")):
             self._begin(module, kwargs)
@@ -49,6 +50,15 @@ class ForwardHook:
         before = self.state.set_aside.pop() if self.state.set_aside else None
         if self.state.batch is None:
             self.state.batch = before
+
+    def _warn_in_evaluation_mode(self, module: nn.Module, kwargs: dict) -> None:
+        """`from_pretrained` gives a model in evaluation mode, and PEFT's wrapper does not change that."""
+        waits = self.state.enabled or self.state.calibration.gathers
+        if waits and not module.training and torch.is_grad_enabled() and kwargs.get("labels") is not None:
+            logger.warning_once(
+                "SparseLoRA: the model is in evaluation mode, where it is dense and nothing is learned for sparse "
+                "steps. To train it call model.train() first, to evaluate it use torch.no_grad()."
+            )
 
     def _is_pinned(self, tokens: torch.Tensor | None) -> bool:
         """Whether these tokens are those of the batch that the trainer began, which then is in hand again."""
