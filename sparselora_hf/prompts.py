@@ -193,6 +193,8 @@ def read_rows(name: str, split: str = "train", config_name: str | None = None) -
         except datasets.exceptions.DatasetGenerationError as error:
             raise ValueError(f"{name}: this {suffix} file cannot be read: {error.__cause__ or error}") from error
     if suffix == ".txt" and path.is_file():
+        if split != "train":
+            raise ValueError(f"{name}: a text file is one row of the split train, there is no {split!r}.")
         return datasets.Dataset.from_dict({"text": [path.read_text(encoding="utf-8")]})
     if path.is_file():
         raise ValueError(f"{name}: files of kind {suffix!r} are not read. Kinds: {', '.join(_READERS)}, .txt.")

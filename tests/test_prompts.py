@@ -164,6 +164,14 @@ def test_load_text(tmp_path):
     assert len(rows) == 3
 
 
+def test_a_text_has_no_held_out_part(tmp_path):
+    """Taken for the whole text, it would be evaluated on what it is trained on."""
+    (tmp_path / "a.txt").write_text("word " * 100)
+    for split in ("test", "train[80%:]"):
+        with pytest.raises(ValueError, match="a text file is one row of the split train"):
+            load_examples(str(tmp_path / "a.txt"), split, "text_split")
+
+
 def test_short_text_is_an_error(tmp_path):
     (tmp_path / "a.txt").write_text("word")
     with pytest.raises(ValueError, match="shorter than one window"):
