@@ -351,6 +351,14 @@ def test_what_cannot_be_had_is_one_line(capsys, tmp_path, offline, flags, messag
     assert message in error_of(capsys, *smoke(tmp_path), *flags)
 
 
+@needs_data
+def test_questions_that_are_not_there_are_said_before_the_training(capsys, tmp_path):
+    pytest.importorskip("trl")
+    flags = smoke(tmp_path, "--eval_tasks", "boolq", "--eval_data", str(DATA / "text"))
+    assert "holds no data of boolq" in error_of(capsys, *flags)
+    assert not (tmp_path / "adapter_model.safetensors").exists()
+
+
 def test_doctor_passes_here(capsys):
     pytest.importorskip("peft")
     pytest.importorskip("sparselora_hf.attach")

@@ -197,9 +197,11 @@ def evaluate(recipe: Recipe) -> dict[str, float]:
 def _check_tasks(recipe: Recipe) -> None:
     """Say before the training what would go wrong after it."""
     from ..evaluation.harness import PREFIX
-    from ..evaluation.tasks import find_tasks
+    from ..evaluation.tasks import find_tasks, load_questions
 
-    find_tasks([name for name in recipe.data.eval_tasks if not name.startswith(PREFIX)])
+    for task in find_tasks([name for name in recipe.data.eval_tasks if not name.startswith(PREFIX)]):
+        if recipe.data.eval_data is not None:
+            load_questions(task, recipe.data.eval_data, limit=1)
 
 
 def prepare(argv: Sequence[str]) -> Recipe:
