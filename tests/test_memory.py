@@ -9,8 +9,9 @@ import torch
 from helpers import SPARSE, lora_model, loss_and_gradients, make_batch
 from training import examples, make_trainer, trained
 from transformers import TrainerCallback
+from zoo import zoo_lora
 
-from sparselora_hf import sparsify
+from sparselora_hf import SparseLoraConfig, sparsify
 
 
 class _Census(TrainerCallback):
@@ -79,3 +80,36 @@ def test_channel_sets_of_a_batch_go_with_it():
         gc.collect()
         assert len(sets) == 4
         assert not any(selection() for selection in sets)
+
+
+class _Watched(torch.autograd.Function):
+    """Does nothing; what is given with it lives as long as the graph."""
+
+    @staticmethod
+    def forward(ctx, x, thing):
+        ctx.thing = thing
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+def test_the_next_forward_lets_go_of_one_that_ended_in_an_error(batch):
+    """Memory that was short between queries and values is there for a smaller batch."""
+    model, graphs, alive = zoo_lora("qwen3"), [], []
+    first, second = model.base_model.model.model.layers
+
+    def watch(module, args, output):
+        thing = type("Thing", (), {})()
+        graphs.append(weakref.ref(thing))
+        return _Watched.apply(output, thing)
+
+    with sparsify(model, SparseLoraConfig()):
+        broken = second.self_attn.q_norm.register_forward_pre_hook(lambda *_: 1 / 0)
+        with first.register_forward_hook(watch), broken, pytest.raises(ZeroDivisionError):
+            model(**batch)
+        gc.collect()  # the error's frames
+        first.mlp.register_forward_pre_hook(lambda *_: alive.append(graphs[0]() is not None))
+        model(**batch)
+    assert alive == [False]

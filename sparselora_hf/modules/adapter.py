@@ -20,28 +20,45 @@ __all__ = ["lean_adapters"]
 _SHARING = ("q", "k", "v")
 
 
+class _Pending:
+    """What one layer computed for others that have not had their turn yet.
+
+    One serves all attentions of a model: where a forward ends in an error in between, the next one's first attention
+    lets go of it, and of all activations below that hang on it.
+    """
+
+    def __init__(self) -> None:
+        self.x: torch.Tensor | None = None
+        self.results: dict[nn.Module, torch.Tensor] = {}
+
+    def __reduce__(self):
+        return _Pending, ()
+
+
 class _Shared:
     """LoRA layers that mostly read the same, and what one of them computed for the others.
 
     Args:
         layers: the layers.
+        pending: the model's.
     """
 
-    def __init__(self, layers: list[nn.Module]) -> None:
+    def __init__(self, layers: list[nn.Module], pending: _Pending) -> None:
         self.layers = layers
-        self._x: torch.Tensor | None = None
-        self._results: dict[nn.Module, torch.Tensor] = {}
+        self.pending = pending
 
     def take(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
         """Result of a layer for ``x``, once, if it was computed already."""
-        y = self._results.pop(layer, None) if self._x is x else None
-        if not self._results:
-            self._x = None
+        pending = self.pending
+        y = pending.results.pop(layer, None) if pending.x is x else None
+        if not pending.results:
+            pending.x = None
         return y
 
     def compute(self, layer: nn.Module, x: torch.Tensor, linear: Frozen, dtype: torch.dtype) -> torch.Tensor:
         """Result of a layer for ``x``, and with it those of the others, unless they had their turn."""
-        if self._x is x or not _is_unwatched(layer):
+        pending = self.pending
+        if pending.x is x or not _is_unwatched(layer):
             return projections(x, [linear], dtype)[0]
         together = {layer: linear}
         for other in self.layers:
@@ -50,13 +67,11 @@ class _Shared:
                 alike = other_type == dtype and branch.a.dtype == linear.branch.a.dtype
                 if alike and is_bare(other._modules["base_layer"], dtype):
                     together[other] = _frozen(other, x, branch, dtype)
+        pending.x, pending.results = None, {}
         y, *results = projections(x, list(together.values()), dtype)
-        self._results = dict(zip(list(together)[1:], results, strict=True))
-        self._x = x if results else None
+        pending.results = dict(zip(list(together)[1:], results, strict=True))
+        pending.x = x if results else None
         return y
-
-    def __getstate__(self) -> dict:
-        return {"layers": self.layers, "_x": None, "_results": {}}
 
 
 class _LeanLora(Patched):
@@ -138,11 +153,11 @@ def lean_adapters(attentions: Iterable[Mapping[str, nn.Module]]) -> Patches:
     Returns:
         What undoes it.
     """
-    patches, kinds = Patches(), _kinds()
+    patches, kinds, pending = Patches(), _kinds(), _Pending()
     for modules in attentions:
         lean = {role: module for role, module in modules.items() if type(module) in kinds}
         sharing = [module for role, module in lean.items() if role in _SHARING]
-        shared = _Shared(sharing) if len(sharing) > 1 else None
+        shared = _Shared(sharing, pending) if len(sharing) > 1 else None
         for role, module in lean.items():
             patches.add(module, _LeanLora, shared if role in _SHARING else None)
     return patches
