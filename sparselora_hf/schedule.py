@@ -25,7 +25,7 @@ class Schedule:
         start, end = (_resolve(value, max_steps) for value in (config.start_step, config.end_step))
         if config.needs_statistics:
             start = max(start, 1)  # statistics come from dense steps: there must be one
-        if start > end:
+        if start > end and max_steps:  # a run of no steps is not at fault
             raise ValueError(
                 f"start_step {config.start_step} (step {start}) is after end_step {config.end_step} (step {end}) "
                 f"in a run of {max_steps} steps: no step would be sparse. Lower start_step or raise end_step."

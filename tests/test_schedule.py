@@ -45,6 +45,13 @@ def test_mixed_kinds_that_end_before_they_start():
         Schedule.of(config, 10)
 
 
+@pytest.mark.parametrize("start", [0.05, 3])
+def test_run_of_no_steps(start):
+    """As with `num_train_epochs=0`, which a Trainer takes."""
+    config = SparseLoraConfig(mlp_sparsity=0.9, criterion="static", start_step=start)
+    assert not Schedule.of(config, 0).is_sparse(0)
+
+
 def test_statistics_need_a_dense_step():
     config = SparseLoraConfig(mlp_sparsity=0.9, criterion="static", start_step=0)
     assert Schedule.of(config, 10).start == 1
