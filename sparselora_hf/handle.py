@@ -120,7 +120,14 @@ class SparseLoraHandle:
         Args:
             step: finished optimizer steps.
             accumulation: micro-batches of a step.
+
+        Raises:
+            RuntimeError: `begin_run` was not called.
         """
+        if self._schedule is None:
+            raise RuntimeError(
+                "begin_step needs the length of the run: call begin_run(max_steps=...) before the loop."
+            )
         self.state.step = step * accumulation
         wanted = self.is_attached and self.config.is_sparse and self._schedule.is_sparse(step)
         enabled = wanted and self._can_be_sparse()

@@ -325,6 +325,11 @@ def test_preference_training(tmp_path):
     assert sparse[2:] != pytest.approx(dense[2:], rel=1e-4)
 
 
+def test_loop_that_forgets_to_begin_its_run():
+    with sparsify(lora_model(), SPARSE) as handle, pytest.raises(RuntimeError, match=r"call begin_run\(max_steps"):
+        handle.begin_step(0)
+
+
 def test_loop_of_ones_own(tmp_path):
     """Accelerate and three calls of the handle give the losses of the callback in a Trainer."""
     config = SPARSE.replace(criterion="static", compensation="mean", start_step=1)
