@@ -195,6 +195,7 @@ def test_cpu_trains_in_fp32_unless_told(parse):
         ([*REQUIRED, "--mlp_sparsity", "{"], "cannot be read as YAML"),
         ([*REQUIRED, "--train_on", "both"], "invalid choice"),
         ([*REQUIRED, "--max_steps", "many"], "invalid int value"),
+        ([*REQUIRED, "--max_examples", "0"], "max_examples: 0 is below 1"),
     ],
 )
 def test_sft_errors(capsys, flags, message):

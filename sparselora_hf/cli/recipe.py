@@ -85,6 +85,8 @@ class DataArguments:
             choices, value = field.metadata.get("choices"), getattr(self, field.name)
             if choices and value not in choices:
                 raise ValueError(f"{field.name}: {value!r} is not one of {', '.join(choices)}.")
+        if self.max_examples is not None and self.max_examples < 1:
+            raise ValueError(f"max_examples: {self.max_examples} is below 1.")
         if isinstance(self.eval_tasks, str):
             self.eval_tasks = [self.eval_tasks]
 
