@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -455,6 +456,24 @@ def test_a_second_training_into_the_same_folder_is_evaluated_anew(world, tmp_pat
     assert set(evaluated("boolq")) == {"boolq"}  # what the first adapter answered is no result of this one
     second = json.loads((tmp_path / "eval" / "results.json").read_text())
     assert second["boolq"]["settings"]["adapter"] != first["boolq"]["settings"]["adapter"]
+
+
+def test_a_whole_model_is_evaluated_after_its_training(world, tmp_path):
+    pytest.importorskip("trl")
+    from sparselora_hf.cli import sft
+
+    shutil.copytree(world / "base", tmp_path / "out")
+    flags = ["--model_name_or_path", str(world / "base"), "--dataset_name", "rows", "--prompt_format", "alpaca"]
+    flags += ["--output_dir", str(tmp_path / "out"), "--eval_data", str(world / "data"), "--eval_tasks", "boolq"]
+    recipe = sft.parse([*flags, "--dense", "--use_peft", "false"])
+    assert sft.evaluate(recipe) == {"boolq": 0.0}
+    answers = tmp_path / "out" / "eval" / "boolq.answers.jsonl"
+    settings, *_ = answers.read_text().splitlines()
+    told = [json.dumps({"question": number, "answers": ["true"]}) for number in range(3)]
+    answers.write_text("\n".join([settings, *told, ""]))  # as the model before a second training may have answered
+    assert sft.evaluate(recipe) == {"boolq": 0.0}
+    settings = json.loads((tmp_path / "out" / "eval" / "results.json").read_text())["boolq"]["settings"]
+    assert (settings["model"], settings["prompt_format"]) == (str(tmp_path / "out"), "alpaca")
 
 
 # errors

@@ -184,7 +184,11 @@ def evaluate(recipe: Recipe) -> dict[str, float]:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    flags = [str(folder), "--task", *data.eval_tasks]
+    flags = [str(folder)]
+    if not recipe.model.use_peft:  # a whole model, which notes neither its prompt format nor a hash
+        flags = ["--overwrite", "--model", str(folder)]
+        flags += ["--prompt-format", data.prompt_format] if data.prompt_format else []
+    flags += ["--task", *data.eval_tasks]
     flags += ["--batch-size", str(recipe.training.per_device_eval_batch_size)]
     flags += ["--data", data.eval_data] if data.eval_data else []
     flags += ["--load-in-4bit"] if recipe.model.load_in_4bit else []
