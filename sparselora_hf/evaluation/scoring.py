@@ -73,11 +73,14 @@ def chosen(text: str, options: Sequence[str]) -> str | None:
     word = options[0][:-1]
     numbers = {option[len(word) :]: option for option in options}
     digits = "|".join(numbers)
-    for pattern in (rf"(?:answer|choice|{word})(?:\s+is|:)+\s*\(?({digits})\b", rf"\b{word}\s*#?({digits})\b"):
+    by_name = rf"\b{word}\s*#?({digits})\b"
+    for pattern in (rf"(?:answer|choice|{word})(?:\s+is|:)+\s*\(?({digits})\b", by_name):
         named = _named(text, numbers, pattern)
         if named:
             return named
-    alone = {digit for digit in re.findall(r"[0-9]+", text) if digit in numbers}
+    rest = re.sub(by_name, " ", text)  # what is named and still here was ruled out
+    found = (match for match in re.finditer(r"[0-9]+", rest) if not _NEGATED.search(rest[: match.start()]))
+    alone = {match[0] for match in found if match[0] in numbers}
     return numbers[alone.pop()] if len(alone) == 1 else None
 
 
