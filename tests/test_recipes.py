@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import sys
 
 import numpy as np
@@ -97,6 +98,20 @@ def test_glue_recipe(name):
     shown = (values["max_length"], values["per_device_train_batch_size"], glue.TASKS["cola"].epochs)
     assert (*shown, values["learning_rate"]) == PAPER["glue"]
     assert {task for task, about in glue.TASKS.items() if about.epochs == 5} == {"mrpc", "wnli"}
+
+
+def test_evaluations_that_are_shown_can_follow_the_trainings_own():
+    """Other settings than those that a recipe evaluates with are refused where its answers lie."""
+    from sparselora_hf.cli.eval import _parser
+
+    lines = [line for path in FOLDER.glob("*/README.md") for line in path.read_text(encoding="utf-8").splitlines()]
+    shown = [re.search(r"sparselora eval (runs/[^#]+)", line) for line in lines]
+    assert sum(map(bool, shown)) >= 4
+    for flags in (match[1].split() for match in shown if match):
+        args = vars(_parser().parse_args(flags))
+        usual = vars(_parser().parse_args([flags[0], "--task", *args["task"]]))
+        changed = {name for name, value in args.items() if value != usual[name]} - {"data", "run_code"}
+        assert not changed or "overwrite" in changed, flags
 
 
 def test_every_folder_tells_how_it_is_run():
