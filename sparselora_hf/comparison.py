@@ -8,9 +8,13 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import logging
+
 from .measure import Evaluation, RunClock, StepTime, StepTimer, median_step, peak_memory, reset_peak_memory
 
 __all__ = ["Outcome", "draw", "exact_match", "in_fresh_process", "measure", "shared_loss"]
+
+logger = logging.get_logger(__name__)
 
 COLORS = ("0.45", "tab:green", "tab:blue", "tab:olive", "tab:orange", "tab:purple")
 
@@ -77,7 +81,6 @@ def in_fresh_process(function: Callable, *arguments: Any) -> Any:
 
 def _quieten() -> None:
     from datasets import disable_progress_bars
-    from transformers.utils import logging
 
     warnings.simplefilter("ignore", FutureWarning)  # transformers on its own renamings: not the user's business here
     disable_progress_bars()
@@ -155,9 +158,13 @@ def draw(path: Path, outcomes: Sequence[Outcome]) -> None:
     """Write a picture: the losses of all runs, and the time of every step, with the start of sparsity marked.
 
     The losses are those of the evaluations over seconds of attaching and training where there are any, else those
-    of training over steps.
+    of training over steps. Without matplotlib there is a warning in its place.
     """
-    import matplotlib
+    try:
+        import matplotlib
+    except ImportError:  # what was measured is worth more than its picture
+        logger.warning(f"{path.name} is not drawn: matplotlib is missing. pip install 'sparselora-hf[plots]'.")
+        return
 
     matplotlib.use("agg")
     from matplotlib import pyplot

@@ -1,4 +1,5 @@
 import json
+import sys
 
 import pytest
 from helpers import tiny_model
@@ -49,6 +50,13 @@ def test_dataset_of_the_users_own(folder):
     data.write_text("\n".join(json.dumps({"prompt": r["prompt"], "completion": r["completion"]}) for r in rows))
     assert run(folder, "--dataset", str(data)) == 0
     assert (folder / "out/report.json").exists()
+
+
+def test_without_matplotlib_there_is_all_but_the_picture(folder, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert run(folder) == 0
+    assert "median step" in capsys.readouterr().out
+    assert not (folder / "out/report.png").exists()
 
 
 def test_missing_model_is_one_line(folder, capsys):
