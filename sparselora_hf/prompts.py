@@ -16,6 +16,7 @@ from .svd_cache import default_cache_dir
 
 __all__ = [
     "PROMPT_FORMATS",
+    "READERS",
     "TextWindow",
     "alpaca",
     "format_examples",
@@ -27,7 +28,7 @@ __all__ = [
 
 PROMPT_FORMATS = (*sorted(FORMATS), "text_split")
 
-_READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 _URLS = ("http://", "https://")
 
 
@@ -187,9 +188,9 @@ def read_rows(name: str, split: str = "train", config_name: str | None = None) -
 
     path = _fetched(name) if name.startswith(_URLS) else Path(name)
     suffix = path.suffix.lower()
-    if suffix in _READERS and path.is_file():
+    if suffix in READERS and path.is_file():
         try:
-            return datasets.load_dataset(_READERS[suffix], data_files=str(path), split=split)
+            return datasets.load_dataset(READERS[suffix], data_files=str(path), split=split)
         except datasets.exceptions.DatasetGenerationError as error:
             raise ValueError(f"{name}: this {suffix} file cannot be read: {error.__cause__ or error}") from error
     if suffix == ".txt" and path.is_file():
@@ -197,8 +198,8 @@ def read_rows(name: str, split: str = "train", config_name: str | None = None) -
             raise ValueError(f"{name}: a text file is one row of the split train, there is no {split!r}.")
         return datasets.Dataset.from_dict({"text": [path.read_text(encoding="utf-8")]})
     if path.is_file():
-        raise ValueError(f"{name}: files of kind {suffix!r} are not read. Kinds: {', '.join(_READERS)}, .txt.")
-    if suffix in (*_READERS, ".txt"):
+        raise ValueError(f"{name}: files of kind {suffix!r} are not read. Kinds: {', '.join(READERS)}, .txt.")
+    if suffix in (*READERS, ".txt"):
         raise FileNotFoundError(f"{name}: there is no such file.")
     return datasets.load_dataset(name, config_name, split=split)
 

@@ -12,6 +12,7 @@ import types
 
 import pytest
 import torch
+from datasets import Dataset
 from helpers import ROOT, tiny_model
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -128,6 +129,17 @@ def test_real_questions_answer_themselves(data_dir, file):
     assert all(task.right(f"the correct answer is {text}", q.target) for text, q in zip(told, questions, strict=True))
     others = [task.right(text, q.target) for text, q in zip(told[1:] + told[:1], questions, strict=True)]
     assert sum(others) < 75
+
+
+@pytest.mark.parametrize(
+    ("data", "split"), [("rows.json", "train"), ("org/gsm8k", "test"), ("org/gsm8k-v1.5", "test")]
+)
+def test_the_hub_is_asked_for_the_test_split(monkeypatch, data, split):
+    asked = []
+    rows = Dataset.from_list([{"question": "Why?", "answer": "5"}])
+    monkeypatch.setattr("sparselora_hf.prompts.read_rows", lambda *arguments: asked.append(arguments) or rows)
+    assert load_questions(TASKS["gsm8k"], data)[0].target == 5
+    assert asked == [(data, split)]
 
 
 # asking

@@ -210,13 +210,14 @@ def load_questions(task: Task, data: str | None, limit: int | None = None) -> li
         OSError: the data cannot be reached.
         ValueError: a column is missing, or an answer is none.
     """
-    from ..prompts import read_rows
+    from ..prompts import READERS, read_rows
 
     source = task.source if data is None else _file_of(task, Path(data)) if Path(data).is_dir() else data
     if not source:
         raise ValueError(f"{task.name} has no data of its own to fetch. Name a file of tasks: --data FILE.")
     try:
-        rows = read_rows(source, "train" if Path(source).suffix else "test")  # a file has one split, `train`
+        # a file has one split, `train`; a name on the hub may have a dot too
+        rows = read_rows(source, "train" if Path(source).suffix.lower() in READERS else "test")
     except OSError as error:
         raise OSError(
             f"The data of {task.name}, {source}, cannot be reached ({type(error).__name__}). Without a network give a "
