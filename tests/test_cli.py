@@ -404,6 +404,13 @@ def test_doctor_tells_the_half_type(major, says):
     assert f"card, 16 GiB, sm_{major}5, {says}" in doctor._describe("card", 16 * 2**30, major, 5)
 
 
+@pytest.mark.parametrize("inside", ["", "cache"])
+def test_doctor_tells_where_a_cache_cannot_be(tmp_path, monkeypatch, inside):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("SPARSELORA_CACHE", str(tmp_path / "file" / inside))
+    assert "not writable" in doctor._cache()
+
+
 def test_doctor_names_versions_that_are_not_supported(monkeypatch):
     monkeypatch.setattr(doctor, "SUPPORTED", {"peft": None})
     monkeypatch.setattr(doctor, "check_versions", lambda package: (_ for _ in ()).throw(ImportError("Run: pip")))

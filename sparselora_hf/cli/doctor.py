@@ -149,7 +149,8 @@ def _cache() -> str:
     from ..svd_cache import default_cache_dir
 
     folder = default_cache_dir()
-    writable = os.access(_nearest_existing(folder), os.W_OK)
+    there = _nearest_existing(folder)
+    writable = there.is_dir() and os.access(there, os.W_OK)
     return f"{folder} ({'writable' if writable else 'not writable: factors are computed in every run'})"
 
 
