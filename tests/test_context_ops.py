@@ -62,20 +62,21 @@ def test_joined_with_dense_rows(rows, over_outputs, share, poison, monkeypatch):
     weight, index, mask, bias = case(over_outputs, True)
     covered = len(rows[0]) + len(rows[1])
 
-    def joined(x):
+    def joined(x, bias):
         whole, few = fork_rows(x, rows[1], apart=True)
         y = context_linear(whole, weight, bias, ContextPart(rows[0], index, over_outputs, covered))
         return overlay_rows(y, F.linear(few, weight, bias), rows[1], apart=True)
 
-    def want(x):
+    def want(x, bias):
         masks = [torch.zeros(TOKENS, 1, dtype=torch.float64).index_fill_(0, part, 1) for part in rows]
         return definition(x, weight, mask, bias, over_outputs) * masks[0] + F.linear(x, weight, bias) * masks[1]
 
-    x = draw(TOKENS, INPUTS).requires_grad_()
-    torch.testing.assert_close(joined(x), want(x))
+    inputs = draw(TOKENS, INPUTS).requires_grad_(), bias.requires_grad_()  # PEFT may train a bias
+    torch.testing.assert_close(joined(*inputs), want(*inputs))
     grad = draw(TOKENS, OUTPUTS, seed=9)
-    torch.testing.assert_close(torch.autograd.grad(joined(x), x, grad)[0], torch.autograd.grad(want(x), x, grad)[0])
-    assert gradcheck(joined, x)
+    got, expected = (torch.autograd.grad(op(*inputs), inputs, grad) for op in (joined, want))
+    torch.testing.assert_close(got, expected)
+    assert gradcheck(joined, inputs)
 
 
 def test_nothing_but_the_frozen_parts_is_kept():

@@ -121,6 +121,15 @@ def test_all_linear(batch):
     compare(model, batch, SPARSE)
 
 
+@pytest.mark.parametrize("part", ["attention", "all"])
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "starcoder2"])
+def test_biases_are_trained(batch, name, part):
+    """Of context rows too, and of linears without an adapter."""
+    model = zoo_lora(name, part, bias="all")
+    assert sum(name.endswith("bias") and p.requires_grad for name, p in model.named_parameters()) > 7
+    compare(model, batch, SPARSE)
+
+
 SAVED = {
     "embedding": ("embed_tokens", "embed_tokens.* is trained and lies below the decoder layers"),
     "final norm": ("norm", ""),

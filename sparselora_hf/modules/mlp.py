@@ -122,7 +122,7 @@ class SparseMlp(LeanMlp):
         view, stand_in = view_of(self), link.state.calibration.stand_ins.get(link.layer)
         with torch.no_grad():
             selection = self._selection(view, x, rows)
-        if any(has_branch(module) for module in view.modules.values()):
+        if any(has_branch(module) or _trains_bias(module) for module in view.modules.values()):
             y = self._with_branches(view, x, selection.narrow, stand_in)
         else:
             kernels = link.state.config.kernels
@@ -151,3 +151,9 @@ class SparseMlp(LeanMlp):
             plan = {"sequence": batch.plan.sequence, "groups": batch.plan.groups}
             self._choose(criterion.mlp_of_context(link.layer, view, x, rows.sparse, batch.step, **plan))
         return batch.selections[key]
+
+
+def _trains_bias(module: nn.Module) -> bool:
+    """Whether the bias of a projection has a gradient, as PEFT's ``bias="all"`` has it."""
+    bias = base_linear(module).bias
+    return bias is not None and bias.requires_grad

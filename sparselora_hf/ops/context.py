@@ -25,15 +25,18 @@ _IN_PLACE = 15 / 16  # share of context rows from which the product runs over al
 
 class _ContextLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, frozen, part):
-        ctx.frozen, ctx.width = (frozen[0], part), x.shape[1]
-        return context_forward(x, *frozen, part)
+    def forward(ctx, x, bias, weight, part):
+        ctx.frozen, ctx.width = (weight, part), x.shape[1]
+        ctx.type = None if bias is None else bias.dtype
+        return context_forward(x, weight, bias, part)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         weight, part = ctx.frozen
-        return context_backward(grad, weight, part, ctx.width), None, None
+        grad_x = context_backward(grad, weight, part, ctx.width) if ctx.needs_input_grad[0] else None
+        grad_bias = grad.index_select(0, part.rows).sum(0).to(ctx.type) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_bias, None, None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,14 +125,14 @@ def context_linear(
     Args:
         x: ``[T, in]``.
         weight: ``[out, in]``, frozen.
-        bias: ``[out]``, frozen, or None: added to every channel, kept or not.
+        bias: ``[out]`` or None: added to every channel, kept or not.
         part: rows and channels.
 
     Returns:
         ``[T, out]``, typed as `gathered_rows` is; rows that are not of the part are zero, or arbitrary where all are
-        covered. Differentiable in ``x``.
+        covered. Differentiable in ``x`` and in ``bias``, which PEFT may train.
     """
-    return _ContextLinear.apply(x.to(compute_dtype(x, weight)), (weight, bias), part)
+    return _ContextLinear.apply(x.to(compute_dtype(x, weight)), bias, weight, part)
 
 
 def add_stand_in(
