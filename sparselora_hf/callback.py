@@ -96,7 +96,8 @@ class SparseLoraCallback(TrainerCallback):
         """Write configuration and calibration beside the checkpoint."""
         if state.is_hyper_param_search:
             return  # a trial's checkpoints lie where the Trainer alone knows
-        self.handle.save(Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        self.handle.save(folder, write=args.should_save)
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         """Leave a dense model behind, and a plain one where the callback made it sparse."""

@@ -197,13 +197,17 @@ class SparseLoraHandle:
         """Device on which the model takes its input."""
         return causal_model(self.model).get_input_embeddings().weight.device
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path, write: bool | None = None) -> None:
         """Write the configuration, and what dense steps taught where there is any, into a checkpoint's folder.
 
-        Every rank must call, since each holds a part of the sample; rank 0 writes.
+        Every rank must call, since each holds a part of the sample.
+
+        Args:
+            folder: the checkpoint's folder.
+            write: whether this rank writes; None lets rank 0 write.
         """
         tensors = self.state.calibration.tensors(self.device)
-        if rank_and_world()[0]:
+        if not (rank_and_world()[0] == 0 if write is None else write):
             return
         Path(folder).mkdir(parents=True, exist_ok=True)
         if tensors:

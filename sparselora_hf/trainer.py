@@ -251,7 +251,7 @@ class SparseLoraTrainer(SFTTrainer):
         """
         super().save_model(output_dir, _internal_call)
         if _internal_call and output_dir is not None:
-            self.sparse_handle.save(output_dir)
+            self.sparse_handle.save(output_dir, write=self.args.should_save)
         elif self.args.should_save:
             self.sparse_config.to_yaml(Path(output_dir or self.args.output_dir))
 

@@ -10,8 +10,9 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from training import make_trainer, metrics, trained
 from transformers import AutoModelForCausalLM
+from trl import SFTConfig
 
-from sparselora_hf import SparseLoraConfig, attach
+from sparselora_hf import SparseLoraConfig, attach, handle
 from sparselora_hf.config import CONFIG_FILE
 
 CRITERIA = {
@@ -179,6 +180,16 @@ def test_checkpoint_of_a_run_with_fewer_sparse_parts(tmp_path, config, step, mon
     assert "1 of the projections and MLPs that are sparse here were dense" in caplog.text
     sparse = [value > 0 for value in metrics(resumed, "sparselora/channel_sparsity")][step:]
     assert sparse == [False] + [True] * (5 - step)
+
+
+@pytest.mark.parametrize("each", [True, False])
+def test_statistics_lie_on_each_node_where_checkpoints_do(tmp_path, each, monkeypatch):
+    """The first process of a second node, whose folders the first does not see: `save_on_each_node`."""
+    monkeypatch.setattr(handle, "rank_and_world", lambda: (1, 2))
+    monkeypatch.setattr(SFTConfig, "process_index", 1)
+    trainer = make_trainer(tmp_path, CRITERIA["static"], save_on_each_node=each)
+    trainer.save_model(str(tmp_path / "checkpoint-1"), _internal_call=True)
+    assert (tmp_path / "checkpoint-1" / CONFIG_FILE).is_file() == each
 
 
 def dense_mlp_of_layer_0(decision):
