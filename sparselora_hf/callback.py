@@ -22,7 +22,8 @@ class SparseLoraCallback(TrainerCallback):
     """Turns a sparse model's sparsity on and off as training goes, saves its configuration, logs what it did.
 
     Whether a step is sparse depends on the global step alone. A resumed run takes what dense steps had taught from the
-    checkpoint, found through `args.resume_from_checkpoint` or in `args.output_dir`.
+    checkpoint, found through `args.resume_from_checkpoint` or in `args.output_dir`. Figures join `state.log_history`;
+    what `report_to` names comes before callbacks of one's own and sees them with `SparseLoraTrainer` alone.
 
     Args:
         sparse: what `sparsify` returned for the model in training; or a configuration, where the model is out of
