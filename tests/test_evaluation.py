@@ -470,6 +470,16 @@ def test_a_second_training_into_the_same_folder_is_evaluated_anew(world, tmp_pat
     assert second["boolq"]["settings"]["adapter"] != first["boolq"]["settings"]["adapter"]
 
 
+def test_a_model_that_was_changed_in_place_is_noticed(world, tmp_path, capsys):
+    shutil.copytree(world / "base", tmp_path / "base")
+    call = ["eval", "--model", str(tmp_path / "base"), "--task", "boolq", "--data", str(world / "data")]
+    call += ["--max-new-tokens", "4", "--output", str(tmp_path / "out")]
+    assert main(call) == 0
+    assert main(call) == 0
+    tiny_model(layers=2, seed=5, max_position_embeddings=4096).save_pretrained(tmp_path / "base")
+    assert "holds answers given with weights = " in error_of(capsys, lambda: main(call))
+
+
 def test_a_whole_model_is_evaluated_after_its_training(world, tmp_path):
     pytest.importorskip("trl")
     from sparselora_hf.cli import sft

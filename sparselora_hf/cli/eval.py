@@ -69,7 +69,7 @@ class _Evaluation:
     """Tasks of one call, with the model that answers them, loaded once."""
 
     def __init__(self, args: argparse.Namespace, base: str, tasks: list[Any]) -> None:
-        from ..evaluation.models import adapter_hash
+        from ..evaluation.models import adapter_hash, weights_mark
         from ..evaluation.tasks import load_questions
 
         self.args, self.base = args, base
@@ -80,6 +80,7 @@ class _Evaluation:
             if self.sampling[name].samples > 1 and any(len(question.turns) > 1 for question in questions):
                 raise ValueError(f"samples: in the conversations of {name} every turn has one answer. Leave it out.")
         self.adapter = adapter_hash(args.adapter) or args.adapter
+        self.weights = weights_mark(base)
         self._loaded: tuple[Any, Any] | None = None
 
     def model(self) -> tuple[Any, Any]:
@@ -104,7 +105,8 @@ class _Evaluation:
         model, tokenizer = self.model()
         prompt_format = args.prompt_format or _trained_format(args.adapter) or task.prompt_format
         asker = Asker(prompt_format, tokenizer)
-        settings = {"task": task.name, "model": self.base, "adapter": self.adapter, "prompt_format": prompt_format}
+        settings = {"task": task.name, "model": self.base, "weights": self.weights, "adapter": self.adapter}
+        settings |= {"prompt_format": prompt_format}
         settings |= {**dataclasses.asdict(sampling), "batch_size": args.batch_size}
         settings |= {"dtype": args.dtype, "load_in_4bit": args.load_in_4bit, "limit": args.limit}
         settings["questions"] = fingerprint([asker.prompt(question.turns, []) for question in questions])

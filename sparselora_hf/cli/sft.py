@@ -185,7 +185,7 @@ def evaluate(recipe: Recipe) -> dict[str, float]:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     flags = [str(folder)]
-    if not recipe.model.use_peft:  # a whole model, which notes neither its prompt format nor a hash
+    if not recipe.model.use_peft:  # a whole model, which does not note its prompt format
         flags = ["--overwrite", "--model", str(folder)]
         flags += ["--prompt-format", data.prompt_format] if data.prompt_format else []
     flags += ["--task", *data.eval_tasks]

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers.utils import logging
 
-__all__ = ["adapter_hash", "base_of", "load_model"]
+__all__ = ["adapter_hash", "base_of", "load_model", "weights_mark"]
 
 logger = logging.get_logger(__name__)
 
@@ -33,6 +33,16 @@ def adapter_hash(adapter: str | None) -> str | None:
     """Hash of a local adapter's weights, for noticing that it was trained anew."""
     path = Path(adapter or "") / "adapter_model.safetensors"
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if adapter and path.is_file() else None
+
+
+def weights_mark(base: str) -> str | None:
+    """Short hash of the names, sizes and times of a folder's weight files, for noticing that they were changed.
+
+    None of a name on the hub. The weights themselves are not read: that would take as long as loading them.
+    """
+    files = [path for end in ("safetensors", "bin") for path in sorted(Path(base).glob(f"*.{end}"))]
+    told = [f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files]
+    return hashlib.sha256("\n".join(told).encode()).hexdigest()[:16] if told else None
 
 
 def load_model(base: str, adapter: str | None, dtype: str = "auto", four_bit: bool = False) -> tuple[Any, Any]:
