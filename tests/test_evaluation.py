@@ -498,6 +498,30 @@ def test_a_whole_model_is_evaluated_after_its_training(world, tmp_path):
     assert (settings["model"], settings["prompt_format"]) == (str(tmp_path / "out"), "alpaca")
 
 
+def test_the_evaluation_loads_the_base_as_the_training_did(world, tmp_path, monkeypatch):
+    pytest.importorskip("trl")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from sparselora_hf.cli import sft
+
+    told = []
+    for auto in (AutoModelForCausalLM, AutoTokenizer):
+        load = auto.from_pretrained
+
+        def noted(*args, load=load, **keywords):
+            told.append((keywords["revision"], keywords["trust_remote_code"]))
+            return load(*args, **keywords)
+
+        monkeypatch.setattr(auto, "from_pretrained", noted)
+    save_adapter(tmp_path, world / "base")
+    flags = ["--model_name_or_path", str(world / "base"), "--dataset_name", "rows", "--output_dir", str(tmp_path)]
+    flags += ["--model_revision", "v2", "--trust_remote_code", "--eval_data", str(world / "data")]
+    sft.evaluate(sft.parse([*flags, "--eval_tasks", "boolq"]))
+    assert told == [("v2", True), ("v2", True)]
+    results = json.loads((tmp_path / "eval" / "results.json").read_text())
+    assert results["boolq"]["settings"]["model_revision"] == "v2"
+
+
 # errors
 
 

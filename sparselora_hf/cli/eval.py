@@ -25,6 +25,8 @@ def _parser() -> argparse.ArgumentParser:
         "--task", nargs="+", required=True, metavar="TASK", help="gsm8k, boolq, ..., math, commonsense, lm_eval:NAME"
     )
     parser.add_argument("--model", help="base model; left out, the adapter's own")
+    parser.add_argument("--model-revision", default="main", help="branch, tag or commit of a base model on the hub")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the base model")
     parser.add_argument("--data", help="file, folder or hub name of the questions; left out, they are fetched")
     parser.add_argument("--output", type=Path, help="folder of results; left out, ADAPTER/eval or eval/HUB_NAME")
     parser.add_argument("--prompt-format", help="left out, that of the training or else the task's")
@@ -88,7 +90,8 @@ class _Evaluation:
 
         if self._loaded is None:
             args = self.args
-            self._loaded = load_model(self.base, args.adapter, args.dtype, args.load_in_4bit)
+            options = (args.dtype, args.load_in_4bit, args.model_revision, args.trust_remote_code)
+            self._loaded = load_model(self.base, args.adapter, *options)
         return self._loaded
 
     def run(self, task: Any, progress: Any) -> dict[str, Any]:
@@ -106,7 +109,7 @@ class _Evaluation:
         prompt_format = args.prompt_format or _trained_format(args.adapter) or task.prompt_format
         asker = Asker(prompt_format, tokenizer)
         settings = {"task": task.name, "model": self.base, "weights": self.weights, "adapter": self.adapter}
-        settings |= {"prompt_format": prompt_format}
+        settings |= {"model_revision": args.model_revision, "prompt_format": prompt_format}
         settings |= {**dataclasses.asdict(sampling), "batch_size": args.batch_size}
         settings |= {"dtype": args.dtype, "load_in_4bit": args.load_in_4bit, "limit": args.limit}
         settings["questions"] = fingerprint([asker.prompt(question.turns, []) for question in questions])

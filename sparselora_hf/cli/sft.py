@@ -192,6 +192,8 @@ def evaluate(recipe: Recipe) -> dict[str, float]:
     flags += ["--batch-size", str(recipe.training.per_device_eval_batch_size)]
     flags += ["--data", data.eval_data] if data.eval_data else []
     flags += ["--load-in-4bit"] if recipe.model.load_in_4bit else []
+    flags += ["--model-revision", recipe.model.model_revision]
+    flags += ["--trust-remote-code"] if recipe.training.trust_remote_code else []
     flags += ["--max-new-tokens", "8", "--limit", "1", "--overwrite"] if data.smoke else []
     evaluate_adapter(flags)
     results = json.loads((folder / "eval" / RESULTS).read_text(encoding="utf-8"))

@@ -45,7 +45,14 @@ def weights_mark(base: str) -> str | None:
     return hashlib.sha256("\n".join(told).encode()).hexdigest()[:16] if told else None
 
 
-def load_model(base: str, adapter: str | None, dtype: str = "auto", four_bit: bool = False) -> tuple[Any, Any]:
+def load_model(
+    base: str,
+    adapter: str | None,
+    dtype: str = "auto",
+    four_bit: bool = False,
+    revision: str = "main",
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any]:
     """Model, with its adapter, and tokenizer.
 
     Args:
@@ -53,6 +60,8 @@ def load_model(base: str, adapter: str | None, dtype: str = "auto", four_bit: bo
         adapter: name or folder of the adapter; None takes the base alone.
         dtype: type of the weights; ``auto`` is the checkpoint's, float32 without an accelerator.
         four_bit: load the base in 4 bits, as QLoRA trains it.
+        revision: branch, tag or commit of a base on the hub.
+        trust_remote_code: run code that comes with the base.
 
     Raises:
         OSError: base or tokenizer cannot be reached.
@@ -65,11 +74,12 @@ def load_model(base: str, adapter: str | None, dtype: str = "auto", four_bit: bo
         raise ValueError(f"dtype: {dtype!r} is neither auto nor a type of torch, as bfloat16 is.")
     on_cpu = not torch.accelerator.is_available()
     dtype = "float32" if on_cpu and dtype == "auto" else dtype
+    source = {"revision": revision, "trust_remote_code": trust_remote_code}
     extra = {"quantization_config": _four_bit()} if four_bit else {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(_tokenizer_of(base, adapter))
+        tokenizer = AutoTokenizer.from_pretrained(_tokenizer_of(base, adapter), **source)
         model = AutoModelForCausalLM.from_pretrained(
-            base, dtype=dtype, device_map="cpu" if on_cpu else "auto", **extra
+            base, dtype=dtype, device_map="cpu" if on_cpu else "auto", **source, **extra
         )
     except OSError as error:
         raise OSError(
