@@ -14,7 +14,7 @@ import pytest
 import torch
 from datasets import Dataset
 from helpers import ROOT, tiny_model
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -432,21 +432,31 @@ def test_verdicts_of_evalplus(tmp_path, monkeypatch):
 
 def test_lm_eval_has_the_rest(world, tmp_path, monkeypatch, capsys):
     calls = {}
+    monkeypatch.setattr("sparselora_hf.evaluation.models._four_bit", lambda: calls.update(four_bit=True))
 
     class TaskManager:
         def match_tasks(self, names):
             return [name for name in names if name == "hellaswag"]
 
-    def simple_evaluate(**keywords):
-        calls.update(keywords)
+    class HFLM:
+        def __init__(self, pretrained, **keywords):
+            calls.update(keywords, pretrained=pretrained)
+
+    def simple_evaluate(model, **keywords):
+        calls.update(keywords, model=model)
         return {"results": {"hellaswag": {"acc,none": 0.25, "alias": "hellaswag"}}}
 
-    harness, tasks = types.ModuleType("lm_eval"), types.ModuleType("lm_eval.tasks")
-    harness.simple_evaluate, tasks.TaskManager = simple_evaluate, TaskManager
-    monkeypatch.setitem(sys.modules, "lm_eval", harness)
-    monkeypatch.setitem(sys.modules, "lm_eval.tasks", tasks)
-    assert run(world, "--task", "lm_eval:hellaswag", "--limit", "3", "--output", str(tmp_path)) == 0
-    assert calls["model_args"] == {"pretrained": str(world / "base"), "dtype": "auto", "peft": str(world / "adapter")}
+    names = {"": simple_evaluate, ".tasks": TaskManager, ".models": None, ".models.huggingface": HFLM}
+    for name, what in names.items():
+        module = types.ModuleType(f"lm_eval{name}")
+        vars(module).update({what.__name__: what} if what else {})
+        monkeypatch.setitem(sys.modules, f"lm_eval{name}", module)
+    flags = ("--limit", "3", "--load-in-4bit", "--batch-size", "4", "--output", str(tmp_path))
+    assert run(world, "--task", "lm_eval:hellaswag", *flags) == 0
+    assert (calls["tasks"], calls["limit"], calls["batch_size"]) == (["hellaswag"], 3, 4)
+    assert calls["four_bit"]
+    assert isinstance(calls["pretrained"], PeftModel)
+    assert len(calls["tokenizer"]) == len(LETTERS) + 3
     assert "lm_eval:hellaswag acc,none 0.25" in capsys.readouterr().out
     assert json.loads((tmp_path / "results.json").read_text())["lm_eval:hellaswag"]["acc,none"] == 0.25
     assert "no task 'none'" in error_of(capsys, lambda: run(world, "--task", "lm_eval:none"))

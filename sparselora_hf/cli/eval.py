@@ -167,7 +167,7 @@ def main(argv: Sequence[str]) -> int:
         _write(evaluation.output, task.name, result)
         console.print(_line(task.name, result))
     for name in foreign:
-        result = run_harness(name, evaluation.base, args.adapter, args.dtype, args.batch_size, args.limit)
+        result = run_harness(name, evaluation.model, args.batch_size, args.limit)
         _write(evaluation.output, PREFIX + name, result)
         console.print(_line(PREFIX + name, result))
     return 0

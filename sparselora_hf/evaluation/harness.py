@@ -1,5 +1,6 @@
 """Tasks of lm-eval, for what has no protocol of the paper's own."""
 
+from collections.abc import Callable
 from typing import Any
 
 __all__ = ["PREFIX", "run_harness"]
@@ -7,10 +8,14 @@ __all__ = ["PREFIX", "run_harness"]
 PREFIX = "lm_eval:"
 
 
-def run_harness(
-    name: str, base: str, adapter: str | None, dtype: str, batch_size: int, limit: int | None
-) -> dict[str, Any]:
+def run_harness(name: str, load: Callable[[], tuple[Any, Any]], batch_size: int, limit: int | None) -> dict[str, Any]:
     """Evaluate one task of lm-eval; returns its figures as lm-eval names them.
+
+    Args:
+        name: the task.
+        load: gives model and tokenizer.
+        batch_size: questions a batch.
+        limit: ask the first so many.
 
     Raises:
         ImportError: lm-eval is not installed.
@@ -18,16 +23,14 @@ def run_harness(
     """
     try:
         from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ImportError(f"{PREFIX}{name} needs lm-eval: pip install 'sparselora-hf[eval]'.") from error
-    import torch
-
     manager = TaskManager()
     if not manager.match_tasks([name]):
         raise ValueError(f"lm-eval has no task {name!r}. See `lm_eval ls tasks`.")
-    device = str(torch.accelerator.current_accelerator() or "cpu")
-    model = {"pretrained": base, "dtype": dtype, **({"peft": adapter} if adapter else {})}
-    settings = {"tasks": [name], "batch_size": batch_size, "limit": limit, "device": device, "task_manager": manager}
-    results = simple_evaluate(model="hf", model_args=model, log_samples=False, **settings)["results"]
+    model, tokenizer = load()
+    model = HFLM(model, tokenizer=tokenizer, batch_size=batch_size)
+    results = simple_evaluate(model, tasks=[name], limit=limit, task_manager=manager, log_samples=False)["results"]
     return {str(key): value for key, value in results[name].items()}
