@@ -55,6 +55,9 @@ class ActiveBatch:
         sparse: whether context tokens use a subset of channels.
         savings: names of the exact savings in force.
         step: number of the micro-batch since the start of training, over all ranks, for random scores.
+
+    Attributes:
+        left_out: the savings but those whose rows are too few in this batch: linears compute them all the same.
     """
 
     def __init__(self, plan: TokenPlan, sparse: bool, savings: frozenset[str], step: int = 0) -> None:
@@ -65,6 +68,7 @@ class ActiveBatch:
         self.selections: dict[tuple[int, str], ChannelSelection] = {}
         self.gather: tuple[torch.Tensor, torch.Tensor] | None = None  # rows to sample, slots they take
         self.gathered: set[str] = set()
+        self.left_out = savings - self._too_few(plan)
         self._rows: dict[tuple[bool, bool, torch.device], Rows] = {}
         self._places: tuple[Rows, torch.Tensor] | None = None
 
@@ -88,22 +92,24 @@ class ActiveBatch:
             loss_only: nothing but positions that enter the loss is needed of it (above the last attention).
         """
         sparse = sparse and self.sparse
-        loss_only = loss_only and "last_layer" in self.savings and self._leaves_out_enough(len(self.plan.loss))
+        loss_only = loss_only and "last_layer" in self.left_out
         key = (sparse, loss_only, device)
         if key not in self._rows:
             self._rows[key] = self._make_rows(sparse, loss_only).to(device)
         return self._rows[key]
 
-    def _leaves_out_enough(self, rows: int) -> bool:
-        """Whether computing so many rows alone saves more than taking them out and putting them back costs."""
-        return rows <= _WORTH_LEAVING_OUT * self.plan.shape[0] * self.plan.shape[1]
+    @staticmethod
+    def _too_few(plan: TokenPlan) -> set[str]:
+        """Savings that cost more, in taking rows out and putting them back, than the rows left out save."""
+        most = _WORTH_LEAVING_OUT * plan.shape[0] * plan.shape[1]
+        return {name for name, rows in (("last_layer", len(plan.loss)), ("padding", plan.tokens)) if rows > most}
 
     def _make_rows(self, sparse: bool, loss_only: bool) -> Rows:
         plan = self.plan
         none = plan.context[:0]
         if loss_only:
             return Rows(plan.loss, none, skip=False)
-        everything = plan.real is None or "padding" not in self.savings or not self._leaves_out_enough(plan.tokens)
+        everything = plan.real is None or "padding" not in self.left_out
         if not sparse:
             return Rows(none, none, skip=True) if everything else Rows(plan.real, none, skip=False)
         dense = plan.rest if everything and plan.real is not None else plan.output
@@ -162,7 +168,7 @@ class SparseState:
         rank, world = rank_and_world()
         number = (self.step - 1) * world + rank + 1
         self.batch = ActiveBatch(on_device, self.enabled, frozenset(savings), number)
-        self.meter.add(plan, self.batch.sparse, self.batch.savings)
+        self.meter.add(plan, self.batch.sparse, self.batch.left_out)
         self._warn_without_context(plan)
         if self.calibration.gathers and not self.enabled:
             picks, slots = self.calibration.reservoir.draw(len(plan.context), number)

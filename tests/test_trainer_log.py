@@ -41,6 +41,14 @@ def test_figures_are_logged_once_and_nothing_else_changes(tmp_path):
     assert keys[0] <= keys[1]
 
 
+@pytest.mark.parametrize(("saving", "rows"), [("padding", {"prompt": (18, 20)}), ("last_layer", {"prompt": (1, 1)})])
+def test_rows_too_few_to_be_left_out_are_not_said_to_be_saved(tmp_path, saving, rows):
+    data = examples(4, **{"prompt": (4, 4), "answer": (20, 20)} | rows)
+    trainer = trained(tmp_path, SparseLoraConfig(exact=(saving,)), data=data, max_steps=1)
+    (log,) = [log for log in trainer.state.log_history if "loss" in log]
+    assert log["sparselora/linear_flops_saved"] == 0
+
+
 def test_model_card_names_method_and_paper(tmp_path):
     trainer = make_trainer(tmp_path, SPARSE)
     trainer.create_model_card(model_name="mine")
