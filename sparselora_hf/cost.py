@@ -142,6 +142,10 @@ class _Layer:
         padding = 0 if "padding" in self.exact else self.batch.padding
         return self.batch.context + self.batch.output + padding - sparse, sparse
 
+    def scored(self) -> tuple[str, ...]:
+        """Projections of the attention's input that drop channels where any do."""
+        return _INPUT_SIDE if self.model.sparse_qk else ("v_proj",)
+
     def input_gradient(self, name: str) -> int:
         """1 where a projection passes a gradient on to its input."""
         return 0 if self.first and "frozen_below" in self.exact and name in _INPUT_SIDE else 1
@@ -180,12 +184,12 @@ class _Layer:
         return [_Product(sparse, self.model.hidden, rank), _Product(sparse, rank, self.mlp_keep)]
 
     def factors(self, rank: int) -> list[_Product]:
-        """Products of the factors that stand in for the dropped channels of q, k, v and o."""
+        """Products of the factors that stand in for the dropped channels of attention."""
         if not rank:
             return []
         whole, _ = self.widths()
         products = []
-        for name in (*_INPUT_SIDE, "o_proj"):
+        for name in (*self.scored(), "o_proj"):
             inp, out = whole[name]
             _, sparse = self.rows(name)
             gradient = self.input_gradient(name)
@@ -203,7 +207,8 @@ class _Layer:
         _, mlp = self.rows("down_proj")
         _, attention = self.rows("k_proj")
         factors = [_Product(mlp, hidden, rank, 0), _Product(mlp, rank, channels, 0)] * (self.model.mlp_matrices - 1)
-        return factors + [_Product(attention, hidden, rank, 0), _Product(attention, rank, rank, 0)] * 3
+        moments = [_Product(attention, hidden, rank, 0), _Product(attention, rank, rank, 0)]
+        return factors + moments * len(self.scored())
 
     def core(self) -> Work:
         """QKᵀ and AV over the causal half; backward has two products for each, and fused kernels form QKᵀ again.

@@ -88,6 +88,14 @@ def test_estimator_and_stand_in():
     assert cost.projections.forward - plain.projections.forward == 2 * 5 * 3 * factors
 
 
+def test_normalised_queries_and_keys_are_not_scored_and_need_no_stand_in():
+    shape = dataclasses.replace(TINY, sparse_qk=False)
+    cost = layer_cost(shape, SMALL, NO_LORA, layer=1, attention_keep=1, rank=2, compensation_rank=3)
+    plain = layer_cost(shape, SMALL, NO_LORA, layer=1, attention_keep=1)
+    assert cost.estimator.forward == 2 * 5 * (8 * 2 + 2 * 2)  # v
+    assert cost.projections.forward - plain.projections.forward == 2 * 5 * 3 * ((8 + 4) + (8 + 8))  # v and o
+
+
 def test_lora_on_the_mlp_follows_kept_channels():
     lora = LoraShape(2, ("down_proj",))
     cost = layer_cost(TINY, SMALL, lora, layer=1, mlp_keep=4)
