@@ -39,7 +39,7 @@ from .modules.recall import RecallHooks
 from .modules.rms import lean_norms
 from .modules.rotary import lean_attentions
 from .modules.walks import QuickWalks
-from .parts import Part, attention_part, decide, mlp_part
+from .parts import Part, attention_part, decide, mlp_part, stand_in_rank
 from .placement import check_weights
 from .selfcheck import difference
 from .state import LayerLink, SparseState
@@ -144,8 +144,8 @@ def attach(
     factors = _factors(plans, config, family, progress) if CRITERIA[config.criterion].needs_factors else {}
     calibration = Calibration(config)
     criterion = CRITERIA[config.criterion](factors, calibration, config)
-    shape = ModelShape.from_config(causal_model(model).config, family)
-    handle = SparseLoraHandle(model, SparseState(config, criterion, calibration, Meter(shape)), family)
+    meter = Meter(ModelShape.from_config(causal_model(model).config, family), stand_in_rank(config))
+    handle = SparseLoraHandle(model, SparseState(config, criterion, calibration, meter), family)
     try:
         handle._hooks += [TrainingLayout(model), QuickWalks(model)]
         attentions = [layer.attention for layer in layers]

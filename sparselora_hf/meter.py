@@ -36,14 +36,16 @@ class Meter:
 
     Args:
         model: shape of the model.
+        rank: rank of the stand-ins for dropped channels, which count too; 0 is none.
 
     Attributes:
         mlp: MLP of each layer.
         attention: attention of each layer.
     """
 
-    def __init__(self, model: ModelShape) -> None:
+    def __init__(self, model: ModelShape, rank: int = 0) -> None:
         self.model = model
+        self.rank = rank
         self.mlp: list[Part] = []
         self.attention: list[Part] = []
         self._prices: dict[tuple[tuple[bool, ...], frozenset[str]], list[float]] = {}
@@ -79,7 +81,11 @@ class Meter:
             mlp_keep = [drop and self.model.intermediate - drop for drop in dropped[: len(self.mlp)]]
             attention_keep = [drop and self.model.kv_width - drop for drop in dropped[len(self.mlp) :]]
             settings = {"mlp_keep": mlp_keep, "attention_keep": attention_keep, "exact": tuple(savings)}
-            self._prices[key] = [step_cost(self.model, _one(kind), LoraShape(0), **settings).linear for kind in _KINDS]
+            costs = (
+                step_cost(self.model, _one(kind), LoraShape(0), compensation_rank=self.rank, **settings)
+                for kind in _KINDS
+            )
+            self._prices[key] = [cost.linear for cost in costs]
         return self._prices[key]
 
     def read(self) -> dict[str, float]:

@@ -14,7 +14,7 @@ from .ops.quant import why_unreadable
 from .views import AttentionView, MlpView, base_linear
 from .worth import Worth, attention_worth, mlp_worth
 
-__all__ = ["Part", "attention_part", "decide", "mlp_part"]
+__all__ = ["Part", "attention_part", "decide", "mlp_part", "stand_in_rank"]
 
 _MLP = ("gate", "up", "gate_up", "down")
 _NORMALISED = "v and o alone: queries and keys are normalised"
@@ -55,7 +55,7 @@ def attention_part(layer: Layer, family: ModelFamily, config: SparseLoraConfig, 
     view = AttentionView.of(layer.attention, family)
     keep = kept_channels(view.layout.kv_width, layer.attention_sparsity)
     kinds = ("vo",) if normalised else ("qk", "vo")
-    worth = attention_worth(view.hidden, view.layout, keep, _device(view.o.module), len(kinds), _rank(config))
+    worth = attention_worth(view.hidden, view.layout, keep, _device(view.o.module), len(kinds), stand_in_rank(config))
     name = f"{layer.name}.{family.attention}"
     note = _NORMALISED if normalised else ""
     return Part(name, layer.attention, view.modules, kinds, view.layout.kv_width, keep, worth, note)
@@ -65,12 +65,13 @@ def mlp_part(layer: Layer, family: ModelFamily, config: SparseLoraConfig) -> Par
     """The MLP of a layer."""
     view = MlpView.of(layer.mlp, family)
     keep = kept_channels(view.width, layer.mlp_sparsity)
-    worth = mlp_worth(view.hidden, view.width, keep, _rank(config), _device(view.down.module), len(view.inputs) + 1)
+    rank, device = stand_in_rank(config), _device(view.down.module)
+    worth = mlp_worth(view.hidden, view.width, keep, rank, device, len(view.inputs) + 1)
     return Part(f"{layer.name}.{layer.mlp_name}", layer.mlp, view.modules, ("mlp",), view.width, keep, worth)
 
 
-def _rank(config: SparseLoraConfig) -> int:
-    """Rank of the stand-ins."""
+def stand_in_rank(config: SparseLoraConfig) -> int:
+    """Rank of the stand-ins, 0 where there are none."""
     return config.compensation_rank if config.compensation == "low_rank" else 0
 
 

@@ -17,9 +17,9 @@ def plan():
     return TokenPlan.from_batch(batch["labels"], batch["attention_mask"])
 
 
-def meter_of(mlp=(10, 10, 96), attention=(32, 8, 32), worth=None):
+def meter_of(mlp=(10, 10, 96), attention=(32, 8, 32), worth=None, rank=0):
     """A meter for three layers that keep so many of 96 and 32 channels."""
-    meter = Meter(SHAPE)
+    meter = Meter(SHAPE, rank)
     meter.mlp, meter.attention = [Part(96, k, worth) for k in mlp], [Part(32, k, worth) for k in attention]
     return meter
 
@@ -65,6 +65,15 @@ def test_saving_by_hand(plan):
     layer = rows * (3 * 64 * 96 + 2 * 64 * 64 + 2 * 64 * 32)
     saved = len(plan.context) * 3 * 64 * 48
     assert got == pytest.approx(saved / (3 * layer + rows * 64 * 61), abs=0.02)
+
+
+def test_stand_ins_count(plan):
+    """Of two MLPs, for context tokens, and of one attention: what they add to the products of a dense step."""
+    got, without = (figures(plan, True, rank=rank)["sparselora/linear_flops_saved"] for rank in (4, 0))
+    rows = plan.shape[0] * plan.shape[1]
+    dense = rows * (3 * 2 * (3 * 64 * 96 + 2 * 64 * 64 + 2 * 64 * 32) + 3 * 64 * 61)  # forward and backward
+    mlp, attention = 4 * (64 + 10 + 64), 4 * (2 * (64 + 64) + 2 * (64 + 32))
+    assert without - got == pytest.approx(len(plan.context) * 2 * (2 * mlp + attention) / dense, abs=2e-4)
 
 
 def test_channel_sparsity_is_the_mean_over_sparse_parts(plan):

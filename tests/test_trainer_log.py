@@ -19,6 +19,13 @@ def test_log_carries_the_figures(tmp_path):
     assert min(saved[2:]) > max(saved[:2]) >= 0
 
 
+def test_stand_ins_are_taken_off_the_saving(tmp_path):
+    configs = [SPARSE.replace(criterion="static", compensation=name) for name in ("low_rank", "mean")]
+    last = [trained(tmp_path, config, max_steps=3).state.log_history[-2] for config in configs]
+    saved = [log["sparselora/linear_flops_saved"] for log in last]
+    assert 0 < saved[0] < saved[1] - 0.1
+
+
 def test_context_share_is_exact(tmp_path):
     rows = examples(4)
     trainer = trained(tmp_path, SPARSE.replace(start_step=0), data=rows, max_steps=1)
