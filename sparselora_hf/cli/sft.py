@@ -205,7 +205,13 @@ def _check_tasks(recipe: Recipe) -> None:
     from ..evaluation.harness import PREFIX
     from ..evaluation.tasks import find_tasks, load_questions
 
-    for task in find_tasks([name for name in recipe.data.eval_tasks if not name.startswith(PREFIX)]):
+    tasks = find_tasks([name for name in recipe.data.eval_tasks if not name.startswith(PREFIX)])
+    if tasks and recipe.data.prompt_format == "text_split":
+        raise ValueError(
+            f"eval_tasks: text_split cuts running text and has no words to put a question of {tasks[0].name} in. "
+            "Leave eval_tasks out, and ask afterwards with sparselora eval --prompt-format."
+        )
+    for task in tasks:
         if recipe.data.eval_data is not None:
             load_questions(task, recipe.data.eval_data, limit=1)
 
