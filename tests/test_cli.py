@@ -341,11 +341,12 @@ def test_long_conversations_cannot_be_left_out(capsys, tmp_path):
         (("--dataset_name", "no/such-data"), "no/such-data"),
         (("--dataset_name", "https://127.0.0.1:9/rows.json"), "https://127.0.0.1:9/rows.json"),
         (("--prompt_format", "question_answer"), "needs the column question"),
+        (("--truncation_mode", "keep_end"), "truncation_mode: 'keep_end' is for rows that TRL prepares"),
         (("--eval_tasks", "gsm9k"), "There is no task 'gsm9k'"),
         (("--eval_tasks", "gsm8k", "--prompt_format", "text_split"), "eval_tasks: text_split cuts running text"),
         (("--smoke_shape", "x", "--model_name_or_path", str(MODEL), "--long_rows", "keep"), "long_rows"),
     ],
-    ids=["model", "data", "address", "column", "task", "format", "rows"],
+    ids=["model", "data", "address", "column", "end", "task", "format", "rows"],
 )
 def test_what_cannot_be_had_is_one_line(capsys, tmp_path, offline, flags, message):
     """No network, a missing column, a wrong task."""

@@ -65,6 +65,11 @@ def _prepared(recipe: Recipe, split: str, tokenizer: Any) -> Any:
                 "and completions, and a fast tokenizer."
             )
         return rows
+    if training.truncation_mode != "keep_start":
+        raise ValueError(
+            f"truncation_mode: {training.truncation_mode!r} is for rows that TRL prepares. Plain prompts and "
+            "completions are cut at their end, or left out with long_rows: drop."
+        )
     longest = None if training.packing and options.long_rows == "cut" else training.max_length
     return label_examples(
         rows, tokenizer, longest, options.long_rows, options.max_examples, training.dataset_num_proc
