@@ -3,7 +3,7 @@
 import dataclasses
 import time
 
-from .cost import BatchShape, LoraShape, ModelShape, step_cost
+from .cost import BatchShape, LoraShape, ModelShape, layer_cost, step_cost
 from .plan import TokenPlan
 from .worth import Worth
 
@@ -76,17 +76,27 @@ class Meter:
         """Linear FLOPs of one token of each kind, with those parts sparse that pay."""
         key = (pays, savings)
         if key not in self._prices:
-            parts = zip([*self.mlp, *self.attention], pays, strict=True)
-            dropped = [part.width - part.keep if paid else None for part, paid in parts]
-            mlp_keep = [drop and self.model.intermediate - drop for drop in dropped[: len(self.mlp)]]
-            attention_keep = [drop and self.model.kv_width - drop for drop in dropped[len(self.mlp) :]]
-            settings = {"mlp_keep": mlp_keep, "attention_keep": attention_keep, "exact": tuple(savings)}
-            costs = (
-                step_cost(self.model, _one(kind), LoraShape(0), compensation_rank=self.rank, **settings)
-                for kind in _KINDS
-            )
-            self._prices[key] = [cost.linear for cost in costs]
+            self._prices[key] = [self._linear(_one(kind), pays, tuple(savings)) for kind in _KINDS]
         return self._prices[key]
+
+    def _linear(self, batch: BatchShape, pays: tuple[bool, ...], exact: tuple[str, ...]) -> float:
+        """Linear FLOPs of a step, with those parts sparse that pay."""
+        parts = zip([*self.mlp, *self.attention], pays, strict=True)
+        dropped = [part.width - part.keep if paid else None for part, paid in parts]
+        cost = step_cost(dataclasses.replace(self.model, layers=0), batch, LoraShape(0), exact=exact)  # the head
+        for layer, part in enumerate(self.mlp):
+            shape, mlp, attention = self._shape_of(part), dropped[layer], dropped[len(self.mlp) + layer]
+            keep = {
+                "mlp_keep": mlp and shape.intermediate - mlp,
+                "attention_keep": attention and shape.kv_width - attention,
+            }
+            cost += layer_cost(shape, batch, LoraShape(0), layer, exact=exact, compensation_rank=self.rank, **keep)
+        return cost.linear
+
+    def _shape_of(self, mlp: Part) -> ModelShape:
+        """Shape of a layer: of a mixture of experts, unless this is a layer of the mixture that has none."""
+        among_experts = mlp.width in (0, self.model.sparse_mlp)
+        return self.model if among_experts else dataclasses.replace(self.model, intermediate=mlp.width)
 
     def read(self) -> dict[str, float]:
         """Figures since the last reading, then start anew; empty when no batch was counted."""

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 from helpers import make_batch
 
@@ -74,6 +76,18 @@ def test_stand_ins_count(plan):
     dense = rows * (3 * 2 * (3 * 64 * 96 + 2 * 64 * 64 + 2 * 64 * 32) + 3 * 64 * 61)  # forward and backward
     mlp, attention = 4 * (64 + 10 + 64), 4 * (2 * (64 + 64) + 2 * (64 + 32))
     assert without - got == pytest.approx(len(plan.context) * 2 * (2 * mlp + attention) / dense, abs=2e-4)
+
+
+def test_layer_without_experts_has_its_own_width(plan):
+    """Tokens pass through 16 channels of experts in two layers, and through an MLP of 96 in the one between."""
+    meter = meter_of(attention=(32, 32, 32))
+    meter.model = dataclasses.replace(SHAPE, intermediate=16, sparse_mlp=0)
+    meter.mlp = [Part(0, 0), Part(96, 10), Part(0, 0)]
+    meter.add(plan, True, frozenset())
+    rows = plan.shape[0] * plan.shape[1]
+    dense = rows * 2 * (3 * 64 * (16 + 96 + 16) + 3 * (2 * 64 * 64 + 2 * 64 * 32)) + rows * 3 * 64 * 61
+    saved = len(plan.context) * 2 * 3 * 64 * 86
+    assert meter.read()["sparselora/linear_flops_saved"] == pytest.approx(saved / dense, abs=1e-4)
 
 
 def test_channel_sparsity_is_the_mean_over_sparse_parts(plan):
