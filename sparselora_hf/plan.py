@@ -58,7 +58,8 @@ class TokenPlan:
 
         Args:
             labels: ``[B, S]``, -100 where a token is not predicted.
-            attention_mask: ``[B, S]`` with 0 on padding, or None.
+            attention_mask: ``[B, S]`` with 0 on padding, or None. A mask of another form, a matrix for each row or a
+                dictionary of several, leaves no token out.
             position_ids: ``[B, S]``; where it restarts a packed document begins. Without a mask a document of a
                 single token is padding, which is how padding-free batches are filled up to a multiple.
             token_rule: see `SparseLoraConfig`.
@@ -105,10 +106,14 @@ class TokenPlan:
         position_ids: torch.Tensor | None,
     ) -> "TokenPlan":
         """Plan from masks ``[B, S]`` of output and loss tokens and the target of each position."""
-        if attention_mask is not None and attention_mask.shape != output.shape:
-            attention_mask = None  # a 4-D mask says nothing about padding: every token counts
+        is_2d = isinstance(attention_mask, torch.Tensor) and attention_mask.shape == output.shape
         starts = _starts(output.shape, position_ids)
-        shown = ~_lone(starts) if attention_mask is None else attention_mask.detach().cpu() != 0
+        if is_2d:
+            shown = attention_mask.detach().cpu() != 0
+        elif attention_mask is None:
+            shown = ~_lone(output.shape, position_ids)
+        else:  # who sees whom, in a matrix or several: that says nothing about padding, so every token counts
+            shown = torch.ones_like(output)
         real = shown | output | predicts
         is_whole = bool(real.all())
         is_context = real & ~output
@@ -125,8 +130,8 @@ class TokenPlan:
             groups=len(sequence.unique_consecutive()),
             targets=targets.flatten()[loss],
             loss_in_context=bool((predicts & ~output).any()),
-            right_padded=attention_mask is not None and torch.equal(real, shown) and _falls(shown),
-            unmasked=attention_mask is None and not is_whole,
+            right_padded=is_2d and torch.equal(real, shown) and _falls(shown),
+            unmasked=not is_2d and not is_whole,
         )
 
     @property
@@ -174,15 +179,24 @@ def _falls(mask: torch.Tensor) -> bool:
 
 def _starts(shape: torch.Size, position_ids: torch.Tensor | None) -> torch.Tensor:
     """Whether a sequence starts at each of ``[B, S]`` positions."""
-    starts = torch.zeros(shape, dtype=torch.bool)
+    starts = _at_zero(shape, position_ids)
     starts[:, 0] = True
-    if position_ids is not None and position_ids.shape == shape:
-        starts |= position_ids.detach().cpu() == 0
     return starts
 
 
-def _lone(starts: torch.Tensor) -> torch.Tensor:
-    """Tokens that are a sequence of their own, with nobody to attend to them: padding of a batch without a mask."""
-    ends = torch.ones_like(starts)
+def _lone(shape: torch.Size, position_ids: torch.Tensor | None) -> torch.Tensor:
+    """Tokens that are a sequence of their own, with nobody to attend to them: padding of a batch without a mask.
+
+    A batch of single tokens has none: these are steps through a sequence whose others lie in a cache.
+    """
+    starts = _at_zero(shape, position_ids)
+    ends = torch.full_like(starts, shape[1] > 1)
     ends[:, :-1] = starts[:, 1:]
     return starts & ends
+
+
+def _at_zero(shape: torch.Size, position_ids: torch.Tensor | None) -> torch.Tensor:
+    """Which of ``[B, S]`` positions are 0; none where there are no positions of this shape."""
+    if position_ids is None or position_ids.shape != shape:
+        return torch.zeros(shape, dtype=torch.bool)
+    return position_ids.detach().cpu() == 0

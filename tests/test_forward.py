@@ -1,5 +1,7 @@
 """Forwards in all their ways: evaluation, generation, recomputation, errors on the way."""
 
+import contextlib
+
 import pytest
 import torch
 from helpers import (
@@ -10,6 +12,7 @@ from helpers import (
     assert_same,
     differs,
     flatten_batch,
+    gradients,
     lora_model,
     loss_and_gradients,
     make_batch,
@@ -17,7 +20,7 @@ from helpers import (
 )
 from transformers import AutoModelForCausalLM
 
-from sparselora_hf import sparsify
+from sparselora_hf import SparseLoraConfig, sparsify
 from sparselora_hf.modules.forward import logger
 
 SPARSE = SPARSE.replace(mlp_sparsity=0.9, attention_sparsity={"1-2": 0.75})
@@ -81,6 +84,51 @@ def test_training_mode_without_gradients_is_dense(model, batch):
     assert torch.equal(logits(model, batch), want)
     generated = model.generate(batch["input_ids"][:1, :5], max_new_tokens=4, do_sample=False)
     assert torch.equal(generated, model.eval().generate(batch["input_ids"][:1, :5], max_new_tokens=4, do_sample=False))
+
+
+def _seen_by_all_before(batch):
+    length = batch["input_ids"].shape[1]
+    return torch.ones(length, length, dtype=torch.bool).tril()[None, None].expand(len(batch["input_ids"]), 1, -1, -1)
+
+
+def _whole(model, batch):
+    return model(**batch).loss
+
+
+def _token_by_token(model, batch):
+    """A prompt in pieces, the second a single token, with what came before in a cache."""
+    ids, labels, cache, losses = batch["input_ids"], batch["labels"], None, []
+    for piece in (slice(0, 3), slice(3, 4), slice(4, None)):
+        out = model(input_ids=ids[:, piece], labels=labels[:, piece], past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        losses.append(out.loss)
+    return losses[-1]
+
+
+FORMS = {
+    "4-D mask, all at position 0": (
+        lambda batch: {"attention_mask": _seen_by_all_before(batch), "position_ids": 0 * batch["input_ids"]},
+        _whole,
+    ),
+    "masks by kind of attention": (
+        lambda batch: {"attention_mask": {"full_attention": _seen_by_all_before(batch)}},
+        _whole,
+    ),
+    "single token between others": (lambda batch: {}, _token_by_token),
+}
+
+
+@pytest.mark.parametrize(("change", "loss_of"), FORMS.values(), ids=FORMS.keys())
+def test_tokens_that_others_see_are_no_padding(batch, change, loss_of):
+    """Exact savings leave none of them out."""
+    batch, results = batch | change(batch), []
+    for config in (None, SparseLoraConfig()):
+        model = lora_model("qwen2")
+        with sparsify(model, config) if config else contextlib.nullcontext():
+            loss = loss_of(model, batch)
+            loss.backward()
+        results.append((loss.detach(), gradients(model)))
+    assert_same(results[1], results[0])
 
 
 def test_training_without_labels_is_dense(model, handle, batch):

@@ -17,7 +17,10 @@ def slow_plan(labels, mask=None, positions=None, rule="label_or_predictor") -> d
     rows, length = labels.shape
 
     def starts(b, t):
-        return t == 0 or t == length or (positions is not None and bool(positions[b, t] == 0))
+        return t == 0 or (positions is not None and bool(positions[b, t] == 0))
+
+    def alone(b, t):
+        return positions is not None and length > 1 and all(positions[b, i] == 0 for i in (t, t + 1) if i < length)
 
     for b in range(rows):
         for t in range(length):
@@ -32,7 +35,7 @@ def slow_plan(labels, mask=None, positions=None, rule="label_or_predictor") -> d
             if own or (predicts and rule == "label_or_predictor"):
                 output.append(row)
                 real.append(row)
-            elif predicts or (not (starts(b, t) and starts(b, t + 1)) if mask is None else mask[b, t]):
+            elif predicts or (not alone(b, t) if mask is None else mask[b, t]):
                 context.append(row)
                 sequence.append(number)
                 real.append(row)
@@ -67,6 +70,8 @@ CASES = {
     "several turns": {"labels": torch.tensor([[N, N, 5, 6, N, N, N, 7, N, 8, 9, N]])},
     "label on the first token": {"labels": torch.tensor([[3, N, N, 4], [N, N, N, N]])},
     "one token": {"labels": torch.tensor([[5]])},
+    "one token, without a label": {"labels": torch.tensor([[N]])},
+    "one token at 0": {"labels": torch.tensor([[N], [5]]), "position_ids": torch.tensor([[0], [0]])},
     "padding in the middle": {
         "labels": torch.tensor([[N, N, N, 5, N]]),
         "attention_mask": torch.tensor([[1, 0, 0, 1, 0]]),
@@ -134,10 +139,13 @@ def test_no_loss_still_gives_the_head_a_row():
     assert (some.head_rows.tolist(), some.head_targets.tolist()) == ([0, 1], [4, 5])
 
 
-def test_four_dimensional_mask_says_nothing_about_padding():
-    labels = torch.tensor([[N, N, 3]])
-    plan = TokenPlan.from_batch(labels, torch.ones(1, 1, 3, 3))
+@pytest.mark.parametrize("positions", [None, torch.zeros(1, 3, dtype=torch.long)], ids=["no positions", "positions 0"])
+@pytest.mark.parametrize("form", [lambda mask: mask, lambda mask: {"full_attention": mask}], ids=["4-D", "dictionary"])
+def test_mask_of_another_form_says_nothing_about_padding(form, positions):
+    """Nor do positions beside it: tokens that all stand at 0 may see each other."""
+    plan = TokenPlan.from_batch(torch.tensor([[N, N, 3]]), form(torch.ones(1, 1, 3, 3)), positions)
     assert plan.real is None
+    assert not plan.right_padded
 
 
 def test_context_share():
