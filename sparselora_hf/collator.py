@@ -28,6 +28,5 @@ class PlanCollator:
         """Collate, then plan."""
         batch = self.collator(examples)
         if "labels" in batch:
-            masks = (batch.get("attention_mask"), batch.get("position_ids"))
-            batch[PLAN_KEY] = TokenPlan.from_batch(batch["labels"], *masks, self.token_rule)
+            batch[PLAN_KEY] = TokenPlan.of_inputs(batch, self.token_rule)
         return batch

@@ -4,14 +4,18 @@ Built on the host from the labels, exact for each token: packing, several turns 
 """
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from .ops.transfer import to_device
 
-__all__ = ["IGNORE_INDEX", "TokenPlan"]
+__all__ = ["IGNORE_INDEX", "PLANNED_BY", "TokenPlan"]
 
 IGNORE_INDEX = -100
+PLANNED_BY = ("labels", "attention_mask", "position_ids", "shift_labels")  # what of a batch its plan is made from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,12 +51,19 @@ class TokenPlan:
     unmasked: bool = False
 
     @classmethod
+    def of_inputs(cls, inputs: Mapping[str, Any], token_rule: str = "label_or_predictor") -> "TokenPlan":
+        """Plan of a model's inputs, from all of `PLANNED_BY` that are among them; `labels` must be."""
+        labels, mask, positions, shifted = (inputs.get(name) for name in PLANNED_BY)
+        return cls.from_batch(labels, mask, positions, token_rule, shifted)
+
+    @classmethod
     def from_batch(
         cls,
         labels: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         token_rule: str = "label_or_predictor",
+        shift_labels: torch.Tensor | None = None,
     ) -> "TokenPlan":
         """Plan of one micro-batch.
 
@@ -63,18 +74,22 @@ class TokenPlan:
             position_ids: ``[B, S]``; where it restarts a packed document begins. Without a mask a document of a
                 single token is padding, which is how padding-free batches are filled up to a multiple.
             token_rule: see `SparseLoraConfig`.
+            shift_labels: ``[B, S]``, what each position is to predict, where a batch brings it along. The loss is made
+                of it, whatever `labels` hold then.
 
         Raises:
             ValueError: shapes that do not belong together.
         """
         if labels.dim() != 2:
             raise ValueError(f"labels must be of shape [batch, sequence], got {tuple(labels.shape)}.")
-        labels = labels.detach().cpu()
-        labelled = labels != IGNORE_INDEX
-        predicts = torch.zeros_like(labelled)
-        predicts[:, :-1] = labelled[:, 1:]
+        if shift_labels is None:
+            labels = labels.detach().cpu()
+            targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+        else:
+            targets = shift_labels.detach().cpu()
+            labels = F.pad(targets[:, :-1], (1, 0), value=IGNORE_INDEX)
+        labelled, predicts = labels != IGNORE_INDEX, targets != IGNORE_INDEX
         output = labelled | predicts if token_rule == "label_or_predictor" else labelled
-        targets = labels.roll(-1, dims=1)
         return cls._of_masks(output, predicts, targets, attention_mask, position_ids)
 
     @classmethod

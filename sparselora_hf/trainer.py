@@ -21,7 +21,7 @@ from .checkpoints import newest_checkpoint
 from .collator import PLAN_KEY, PlanCollator
 from .config import CONFIG_FILE, SparseLoraConfig
 from .families import ModelFamily
-from .plan import IGNORE_INDEX, TokenPlan
+from .plan import IGNORE_INDEX, PLANNED_BY, TokenPlan
 from .versions import SUPPORTED, check_versions
 
 __all__ = ["SparseLoraTrainer"]
@@ -272,9 +272,7 @@ def _unwrap(model: object, wrapped: nn.Module, trained: list[nn.Parameter]) -> N
 
 
 def _plan_of(inputs: dict[str, Any], token_rule: str) -> TokenPlan | None:
-    if "labels" not in inputs:
-        return None
-    return TokenPlan.from_batch(inputs["labels"], inputs.get("attention_mask"), inputs.get("position_ids"), token_rule)
+    return TokenPlan.of_inputs(inputs, token_rule) if "labels" in inputs else None
 
 
 _Marks = list[tuple[Any, int]]
@@ -282,7 +280,7 @@ _Marks = list[tuple[Any, int]]
 
 def _marks(inputs: Mapping[str, Any]) -> _Marks:
     """What a batch's plan is made from: each tensor, and how often it was written to."""
-    tensors = (inputs.get(name) for name in ("labels", "attention_mask", "position_ids"))
+    tensors = (inputs.get(name) for name in PLANNED_BY)
     return [(tensor, getattr(tensor, "_version", 0)) for tensor in tensors]
 
 

@@ -63,6 +63,15 @@ def own_loss(outputs, labels, num_items_in_batch=None):
     return (loss + 1e-3 * logits.square().mean()) / num_items_in_batch
 
 
+class Shifting(Collator):
+    """Labels are those of the next tokens already, which it says by a second name as a model's loss wants it."""
+
+    def __call__(self, rows: list) -> dict[str, torch.Tensor]:
+        batch = super().__call__(rows)
+        shifted = torch.nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+        return batch | {"labels": shifted, "shift_labels": shifted}
+
+
 @dataclasses.dataclass
 class Row:
     """One way to make batches: its data, the trainer's settings, and whether it has context tokens at all."""
@@ -99,6 +108,7 @@ ROWS = {
     "loss_type dft": Row({"loss_type": "dft"}),
     "compute_loss_func": Row({"compute_loss_func": own_loss}),
     "custom collator": Row({"data_collator": Collator("right")}),
+    "collator that shifts the labels": Row({"data_collator": Shifting("left")}),
     "collator that pads by the tokenizer": Row({"data_collator": DataCollatorForSeq2Seq(chat_tokenizer())}),
     "worker processes": Row({"dataloader_num_workers": 1, "dataloader_prefetch_factor": 2}),
     "auto_find_batch_size": Row({"auto_find_batch_size": True}),
@@ -126,6 +136,14 @@ def test_exact_savings_leave_a_sparse_run_as_it_is(tmp_path, row):
     assert_same_run(saving, plain)
     sparse_steps = [log["sparselora/channel_sparsity"] > 0 for log in saving.state.log_history if "loss" in log]
     assert sparse_steps == [False] + [row.context] * (len(sparse_steps) - 1)
+
+
+def test_labels_that_are_shifted_already_give_the_same_run(tmp_path):
+    """The same tokens are sparse."""
+    runs = [
+        trained(tmp_path, SPARSE, data_collator=collator("left"), max_steps=3) for collator in (Collator, Shifting)
+    ]
+    assert_same_run(*runs)
 
 
 def prepared(self, inputs):

@@ -139,6 +139,22 @@ def test_no_loss_still_gives_the_head_a_row():
     assert (some.head_rows.tolist(), some.head_targets.tolist()) == ([0, 1], [4, 5])
 
 
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(
+    "labels", [[N, N, 4, 5, N, 6], [4, 4, 4, 4, 4, 4]], ids=["beside labels", "whatever these say"]
+)
+def test_shifted_labels_go_before_labels(labels, rule):
+    shifted = torch.tensor([[N, 4, 5, N, 6, N]])
+    inputs = {"labels": torch.tensor([labels]), "shift_labels": shifted}
+    assert_plan(TokenPlan.of_inputs(inputs, rule), slow_plan(torch.tensor([[N, N, 4, 5, N, 6]]), rule=rule), 6)
+
+
+def test_label_of_a_token_behind_the_last_one():
+    """A sequence that was cut in two has it."""
+    plan = TokenPlan.of_inputs({"labels": torch.tensor([[N, N]]), "shift_labels": torch.tensor([[N, 7]])})
+    assert (plan.loss.tolist(), plan.targets.tolist(), plan.output.tolist()) == ([1], [7], [1])
+
+
 @pytest.mark.parametrize("positions", [None, torch.zeros(1, 3, dtype=torch.long)], ids=["no positions", "positions 0"])
 @pytest.mark.parametrize("form", [lambda mask: mask, lambda mask: {"full_attention": mask}], ids=["4-D", "dictionary"])
 def test_mask_of_another_form_says_nothing_about_padding(form, positions):

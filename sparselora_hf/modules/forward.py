@@ -77,8 +77,7 @@ class ForwardHook:
             logger.warning_once("SparseLoRA: forward without labels runs dense, its context tokens are not known.")
             return
         if _is_per_token(labels, kwargs):
-            rule = self.state.config.token_rule
-            plan = TokenPlan.from_batch(labels, kwargs.get("attention_mask"), kwargs.get("position_ids"), rule)
+            plan = TokenPlan.of_inputs(kwargs, self.state.config.token_rule)
             self.state.begin(plan, labels.device, routers=_balances_experts(module, kwargs))
             return
         config = module.config
