@@ -297,6 +297,27 @@ def test_the_head_of_glue_learns_in_float32(glue_trainer):
     assert model.base_model.model.model.embed_tokens.weight.dtype == torch.bfloat16
 
 
+def test_glue_loads_the_model_that_flags_name(glue_trainer, monkeypatch):
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    pytest.importorskip("bitsandbytes")
+    revisions = []
+    for auto in (AutoModelForSequenceClassification, AutoTokenizer):
+        load = auto.from_pretrained
+
+        def noted(*args, load=load, **keywords):
+            revisions.append(keywords["revision"])
+            return load(*args, **keywords)
+
+        monkeypatch.setattr(auto, "from_pretrained", noted)
+    trainer = glue_trainer("--model_revision", "v2", "--load_in_4bit", "--max_steps", "3")
+    assert revisions == ["v2", "v2"]
+    kinds = {type(module).__name__ for module in trainer.model.modules()}
+    assert "Linear4bit" in kinds
+    assert trainer.model.base_model.model.score.weight.is_floating_point()
+    trainer.train()
+
+
 def test_glue_goes_on_from_its_newest_checkpoint(glue, tmp_path, capsys):
     flags = ["--config", str(ALL["glue/qwen3-8b"]), "--smoke", "--output_dir", str(tmp_path)]
     flags += ["--save_strategy", "steps", "--save_steps", "2"]

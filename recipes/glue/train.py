@@ -119,7 +119,7 @@ def make_trainer(args: GlueArguments, training: Any, model_args: Any, sparse: Sp
     """Trainer and the sparsity in force, None when dense."""
     from peft import get_peft_model
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, set_seed
-    from trl import get_peft_config
+    from trl import get_peft_config, get_quantization_config
 
     task, name = TASKS[args.task_name], model_args.model_name_or_path
     if args.smoke and name is None:
@@ -128,11 +128,16 @@ def make_trainer(args: GlueArguments, training: Any, model_args: Any, sparse: Sp
     if training.num_train_epochs != type(training).num_train_epochs:
         raise ValueError("num_train_epochs: here the task decides. Say epochs instead.")
     training.num_train_epochs = args.epochs or task.epochs
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    tokenizer = AutoTokenizer.from_pretrained(name, revision=model_args.model_revision)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     set_seed(training.seed)  # head and adapters are drawn here, before the Trainer sets it
     model = AutoModelForSequenceClassification.from_pretrained(
-        name, num_labels=task.classes, dtype=model_args.dtype, attn_implementation=model_args.attn_implementation
+        name,
+        revision=model_args.model_revision,
+        num_labels=task.classes,
+        dtype=model_args.dtype,
+        attn_implementation=model_args.attn_implementation,
+        quantization_config=get_quantization_config(model_args),
     )
     model.config.pad_token_id = tokenizer.pad_token_id
     model_args.lora_task_type = "SEQ_CLS"
