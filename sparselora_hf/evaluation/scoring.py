@@ -14,6 +14,7 @@ __all__ = ["TOLERANCE", "chosen", "is_number", "last_number", "own_words"]
 TOLERANCE = 1e-3
 
 _NEXT_TURN = re.compile(r"\n\s*### ")  # a model that goes on with a prompt of its own
+_CURRENCY = re.compile(r"\b(?:[A-Z]{3}|Rs\.?)(?=[0-9])")  # of USD3 and Rs.3, which is no power and no .3
 # the 2 of m2, cm^2 and CO2, at the end of a sentence too
 _POWER = re.compile(r"(?<=[a-zA-Z])(?<![0-9][eE])(?:\^|\*\*)?[23](?![0-9]|[.,][0-9])")
 _MIXED = re.compile(r"(?<=[0-9])(?=\\[dt]?frac)")  # between the whole number and the fraction of 1\frac{1}{2}
@@ -40,7 +41,7 @@ def last_number(text: str) -> float | None:
     Commas between thousands, currency signs, units, fractions (``3/4``, ``1 1/2``) and a full stop after it are
     understood. A dash between two numbers is a minus sign of neither.
     """
-    text = _MIXED.sub(" ", _POWER.sub("", own_words(text)))
+    text = _MIXED.sub(" ", _POWER.sub("", _CURRENCY.sub("$", own_words(text))))
     text = _FRACTION_COMMAND.sub(r"\1/\2", text)
     matches = list(_NUMBER.finditer(text))
     return _value(matches[-1]) if matches else None
