@@ -309,8 +309,17 @@ def _check_before(
             )
         check_adapters(model)
     if isinstance(model, (PreTrainedModel, PeftModel)):
-        return check_model(model, config or SparseLoraConfig(), family)
+        return check_model(model, _before_replication(config or SparseLoraConfig(), peft_config), family)
     return None
+
+
+def _before_replication(config: SparseLoraConfig, peft_config: object) -> SparseLoraConfig:
+    """Settings for the layers there are before PEFT replicates some; layer numbers count the replicas."""
+    replication = getattr(peft_config, "layer_replication", None)
+    if not replication:
+        return config
+    mlp, attention = config.layer_sparsity(sum(end - start for start, end in replication))
+    return config.replace(mlp_sparsity=max(mlp), attention_sparsity=max(attention))
 
 
 def _check_labels(dataset: object, rows: int = 100) -> None:

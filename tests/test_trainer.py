@@ -189,6 +189,21 @@ def test_adapters_made_by_the_trainer(tmp_path):
     assert_same_run(runs[1], runs[0])
 
 
+def test_layers_that_peft_replicates_are_counted(tmp_path):
+    """Layer numbers are those of the model in training, replicas included."""
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], layer_replication=[(0, 3), (1, 3)])
+    config = SPARSE.replace(mlp_sparsity={3: 0.75}, attention_sparsity=0.0)
+    trainer = trained(tmp_path, config, model=tiny_model(), peft_config=lora)
+    sparse = [d.name for d in trainer.sparse_handle.decisions if d.outcome == "sparse"]
+    assert sparse == ["base_model.model.model.layers.3.mlp"]
+    dense = trained(tmp_path, config.replace(mlp_sparsity=0.0), model=tiny_model(), peft_config=lora)
+    assert trainer.losses[2] != dense.losses[2]
+    model = tiny_model()
+    with pytest.raises(ValueError, match="layer 5 does not exist"):
+        make_trainer(tmp_path, config.replace(mlp_sparsity={5: 0.75}), model=model, peft_config=lora)
+    assert len(model.model.layers) == 3
+
+
 def test_adapters_by_a_pattern_that_names_the_head_to_leave_it_out(tmp_path):
     peft_config = LoraConfig(r=4, target_modules=r"(?!lm_head).*\.[qv]_proj", task_type="CAUSAL_LM")
     trainer = trained(tmp_path, SparseLoraConfig(), model=tiny_model(), peft_config=peft_config, max_steps=1)
