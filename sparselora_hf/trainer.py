@@ -121,7 +121,9 @@ class SparseLoraTrainer(SFTTrainer):
         return self.sparse_handle.config
 
     def get_train_dataloader(self):
-        """Training batches bring their token plan along."""
+        """Training batches bring their token plan along, but for those that one process reads and cuts up for all."""
+        if self.accelerator.dispatch_batches:  # accelerate sends and cuts tensors, and refuses anything else
+            return super().get_train_dataloader()
         collator = self.data_collator
         self.data_collator = PlanCollator(collator, self.sparse_config.token_rule)
         try:

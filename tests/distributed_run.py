@@ -37,6 +37,11 @@ def uneven() -> Dataset:
     return Dataset.from_dict(rows)
 
 
+def alike() -> Dataset:
+    """Rows of one length: what one process reads for all is put together without padding."""
+    return examples(16, prompt=(8, 8), answer=(3, 3))
+
+
 CASES = {
     "exact": {"config": SparseLoraConfig()},
     "fixed sets": {"config": FIXED},
@@ -51,6 +56,7 @@ CASES = {
         "targets": ATTENTION + MLP,
     },
     "checkpointing": {"config": SPARSE, "gradient_checkpointing": True},
+    "dispatched": {"config": SPARSE, "data": alike, "accelerator_config": {"dispatch_batches": True}},
     "saved": {"config": FIXED, "save_strategy": "steps", "save_steps": 1},
 }
 

@@ -21,7 +21,7 @@ from helpers import ROOT
 TOLERANCE = 1e-5
 CRITERIA = [name for name in distributed_run.CRITERIA if name != "svd"]
 SHARDED = ["exact", "fixed sets", "svd", "all linears", "uneven", "saved"]
-DDP = [*SHARDED, *CRITERIA, "uneven, all linears", "checkpointing"]
+DDP = [*SHARDED, *CRITERIA, "uneven, all linears", "checkpointing", "dispatched"]
 
 
 def environment(config: str, tmp) -> dict[str, str]:
