@@ -141,7 +141,7 @@ class SvdCriterion(Criterion):
         fused = self._fused(layer, view, x)
         if fused is not None:
             return fused
-        inputs = [(self._factor(layer, role), projection.bias) for role, projection in view.inputs.items()]
+        inputs = [(self._factor(layer, role, x.device), projection.bias) for role, projection in view.inputs.items()]
 
         def channels(rows: torch.Tensor) -> torch.Tensor:
             return view.combine([_biased(factor(rows), bias) for factor, bias in inputs])
@@ -154,7 +154,7 @@ class SvdCriterion(Criterion):
         """Scores of a gated MLP's channels without a stand-in, by a kernel; None where there is none."""
         if len(view.inputs) < 2 or layer in self.calibration.stand_ins:
             return None
-        gate, up = self._factor(layer, "gate"), self._factor(layer, "up")
+        gate, up = self._factor(layer, "gate", x.device), self._factor(layer, "up", x.device)
         joined = self._joined.get(layer)
         if joined is None or joined[0] is not gate or joined[1] is not up:
             joined = self._joined[layer] = gate, up, torch.cat([gate.down, up.down])
@@ -163,10 +163,17 @@ class SvdCriterion(Criterion):
 
     def norms(self, layer: int, view: AttentionView, role: str, x: torch.Tensor) -> torch.Tensor:
         """Norm over tokens of each output channel, through the Gram matrix of the projected tokens."""
-        return self._factor(layer, role).channel_norms(x, self.kernels)
+        return self._factor(layer, role, x.device).channel_norms(x, self.kernels)
 
-    def _factor(self, layer: int, role: str) -> LowRank:
-        return self.factors[layer, role]
+    def _factor(self, layer: int, role: str, device: torch.device) -> LowRank:
+        """Factors of a weight, which follow the tokens: an engine may move the model after it was made sparse."""
+        held = self._held()
+        if held[layer, role].down.device != device:
+            held[layer, role] = held[layer, role].to(device)
+        return held[layer, role]
+
+    def _held(self) -> dict[tuple[int, str], LowRank]:
+        return self.factors
 
 
 class SvdMeanCriterion(SvdCriterion):
@@ -196,8 +203,8 @@ class WhitenedSvdCriterion(SvdCriterion):
 
     needs_factors = False
 
-    def _factor(self, layer: int, role: str) -> LowRank:
-        return self.calibration.factors[layer, role]
+    def _held(self) -> dict[tuple[int, str], LowRank]:
+        return self.calibration.factors
 
 
 class _Tokenless(Criterion):

@@ -1,3 +1,5 @@
+import contextlib
+
 import pytest
 import torch
 from helpers import lora_model, tiny_model
@@ -73,6 +75,16 @@ def by_hand(layer, x, weights):
 def assert_scores(got, want):
     for kind, value in want.items():
         torch.testing.assert_close(got[kind].double(), value, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", ["svd", "svd_mean", "svd_whitened"])
+def test_factors_follow_a_model_that_is_moved_after_it_was_made_sparse(layer, x, name, monkeypatch):
+    """As FSDP2 and `accelerator.prepare` do; the meta device, which has no autocast, stands for a GPU."""
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())
+    criterion = make(name, factors_of(layer))
+    criterion.calibration.factors.update(factors_of(layer))
+    got = scores(criterion, layer.to("meta"), x.to("meta"))
+    assert all(value.is_meta for value in got.values())
 
 
 @pytest.mark.parametrize("name", ["oracle", "sampled"])
