@@ -14,7 +14,7 @@ from .files import write_atomically
 from .layers import check_sparsity, per_layer_sparsity
 from .presets import get_preset
 
-__all__ = ["CONFIG_FILE", "EXACT_SAVINGS", "SparseLoraConfig"]
+__all__ = ["CONFIG_FILE", "EXACT_SAVINGS", "SparseLoraConfig", "read_settings"]
 
 CONFIG_FILE = "sparselora_config.yaml"
 EXACT_SAVINGS = (
@@ -218,15 +218,19 @@ class SparseLoraConfig:
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> "SparseLoraConfig":
-        """Read a YAML file, or `sparselora_config.yaml` in a folder such as a checkpoint."""
-        import yaml
+        """Read a YAML file, or `sparselora_config.yaml` in a folder such as a checkpoint.
 
+        Raises:
+            OSError: no such file.
+            ValueError: no YAML, or settings that `from_dict` refuses; the message names the file.
+        """
         path = Path(path)
         path = path / CONFIG_FILE if path.is_dir() else path
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        if not isinstance(values, dict):
-            raise ValueError(f"{path}: expected settings as `name: value` lines, found {type(values).__name__}.")
-        return cls.from_dict(values)
+        values = read_settings(path)
+        try:
+            return cls.from_dict(values)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain values that YAML and JSON can hold."""
@@ -248,6 +252,24 @@ class SparseLoraConfig:
         path = path / CONFIG_FILE if path.is_dir() else path
         write_atomically(path, yaml.safe_dump(self.to_dict(), sort_keys=False).encode())
         return path
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Settings in a YAML file, as they stand there.
+
+    Raises:
+        OSError: no such file.
+        ValueError: no YAML, or no mapping; the message names the file.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML, or damaged: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected settings as `name: value` lines, found {type(values).__name__}.")
+    return values
 
 
 def _check_choice(field: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -42,6 +42,6 @@ def get_preset(name: str) -> dict:
     Raises:
         ValueError: no preset of that name; the message lists those there are.
     """
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise ValueError(f"There is no preset {name!r}. Presets: {', '.join(sorted(PRESETS))}.")
     return dict(PRESETS[name])

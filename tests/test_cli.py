@@ -128,6 +128,8 @@ def test_estimate_errors(capsys, tmp_path):
     (tmp_path / "typo.yaml").write_text("mlp_sparsty: 0.9\n")
     path = str(tmp_path / "typo.yaml")
     assert "mlp_sparsty" in error_of(capsys, "estimate", "llama-3-8b", "--sparse-config", path)
+    (tmp_path / "typo.yaml").write_text("mlp_sparsity: {")
+    assert "typo.yaml is no YAML" in error_of(capsys, "estimate", "llama-3-8b", "--sparse-config", path)
 
 
 # sft: parsing

@@ -68,6 +68,15 @@ def test_empty_yaml_is_the_default(text, tmp_path):
     assert SparseLoraConfig.from_yaml(tmp_path) == SparseLoraConfig()
 
 
+@pytest.mark.parametrize(
+    "text", [b"mlp_sparsity: [", b"\xff\xfe", b"mlp_sparsity: 5e-1", b"rnak: 4", b"preset: [a]"], ids=str
+)
+def test_yaml_that_is_damaged_is_named(text, tmp_path):
+    (tmp_path / CONFIG_FILE).write_bytes(text)
+    with pytest.raises(ValueError, match=CONFIG_FILE):
+        SparseLoraConfig.from_yaml(tmp_path)
+
+
 def test_yaml_that_is_no_mapping(tmp_path):
     (tmp_path / CONFIG_FILE).write_text("- 0.9\n")
     with pytest.raises(ValueError, match=r"name: value.*found list"):

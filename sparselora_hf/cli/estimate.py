@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..config import SparseLoraConfig
+from ..config import SparseLoraConfig, read_settings
 from ..cost import (
     GROUPS,
     BatchShape,
@@ -212,11 +212,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _config(arguments: argparse.Namespace, shape: ModelShape) -> SparseLoraConfig:
-    import yaml
-
     stored = {}
     if arguments.sparse_config is not None:
-        stored = to_arguments(yaml.safe_load(arguments.sparse_config.read_text(encoding="utf-8")) or {})
+        stored = to_arguments(read_settings(arguments.sparse_config))
     given = {name: value for name, value in vars(arguments).items() if value is not None}
     return sparse_config({**stored, **given}) or SparseLoraConfig.default(shape.layers, shape.hidden)
 
