@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from .calibration import Calibration
-from .config import SparseLoraConfig
+from .config import SparseLoraConfig, check_settings
 from .cost import ModelShape
 from .criteria import CRITERIA
 from .decoder import Layer, causal_model, decoder_layers, language_decoder
@@ -71,6 +71,7 @@ def check_model(model: nn.Module, config: SparseLoraConfig, family: ModelFamily 
 
 
 def _check_config(model: nn.Module, config: SparseLoraConfig, family: ModelFamily | None) -> ModelFamily:
+    check_settings(config)
     text_config = causal_model(model).config.get_text_config()
     family = family or find_family(text_config.model_type)
     config.layer_sparsity(text_config.num_hidden_layers)
@@ -116,6 +117,7 @@ def sparsify(
         progress: show a progress bar for the SVD; None shows one unless transformers' progress bars are off.
 
     Raises:
+        TypeError: no `SparseLoraConfig`.
         ValueError: the configuration does not fit the model; the model is untouched then.
     """
     check_versions("torch", "transformers", "peft", "accelerate")

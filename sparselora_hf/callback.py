@@ -7,7 +7,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from .attach import sparsify
-from .config import CONFIG_FILE, SparseLoraConfig
+from .config import CONFIG_FILE, SparseLoraConfig, check_settings
 from .decoder import causal_model
 from .families import ModelFamily
 from .handle import SparseLoraHandle
@@ -35,6 +35,7 @@ class SparseLoraCallback(TrainerCallback):
         handle: the handle of the model in training; None before a configuration has met its model.
 
     Raises:
+        TypeError: `sparse` is neither.
         ValueError: settings and model do not fit together; the model is untouched then.
 
     Example:
@@ -44,6 +45,8 @@ class SparseLoraCallback(TrainerCallback):
     """
 
     def __init__(self, sparse: SparseLoraHandle | SparseLoraConfig, model_family: ModelFamily | None = None) -> None:
+        if not isinstance(sparse, SparseLoraHandle):
+            check_settings(sparse)
         self._config = sparse if isinstance(sparse, SparseLoraConfig) else None
         self._family = model_family
         self.handle = None if self._config else sparse

@@ -14,7 +14,7 @@ from .files import write_atomically
 from .layers import check_sparsity, per_layer_sparsity
 from .presets import get_preset
 
-__all__ = ["CONFIG_FILE", "EXACT_SAVINGS", "SparseLoraConfig", "read_settings"]
+__all__ = ["CONFIG_FILE", "EXACT_SAVINGS", "SparseLoraConfig", "check_settings", "read_settings"]
 
 CONFIG_FILE = "sparselora_config.yaml"
 EXACT_SAVINGS = (
@@ -270,6 +270,15 @@ def read_settings(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected settings as `name: value` lines, found {type(values).__name__}.")
     return values
+
+
+def check_settings(value: object) -> None:
+    """Raise TypeError where a `SparseLoraConfig` is wanted and something else was given."""
+    if not isinstance(value, SparseLoraConfig):
+        raise TypeError(
+            f"SparseLoRA settings must be a SparseLoraConfig, got {value!r}. SparseLoraConfig.from_dict makes one of "
+            "a mapping, from_preset of a schedule's name, from_yaml of a file or a checkpoint."
+        )
 
 
 def _check_choice(field: str, value: object, allowed: tuple[str, ...]) -> None:

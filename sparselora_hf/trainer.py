@@ -19,7 +19,7 @@ from .attach import attach, check_adapters, check_model, sparsify
 from .callback import SparseLoraCallback
 from .checkpoints import newest_checkpoint
 from .collator import PLAN_KEY, PlanCollator
-from .config import CONFIG_FILE, SparseLoraConfig
+from .config import CONFIG_FILE, SparseLoraConfig, check_settings
 from .families import ModelFamily
 from .plan import IGNORE_INDEX, PLANNED_BY, TokenPlan
 from .versions import SUPPORTED, check_versions
@@ -65,6 +65,7 @@ class SparseLoraTrainer(SFTTrainer):
             `SFTTrainer` does.
 
     Raises:
+        TypeError: `sparse_config` is no `SparseLoraConfig`.
         ValueError: settings, model and data do not fit together; a model passed in is untouched then.
     """
 
@@ -296,6 +297,8 @@ def _check_before(
     model: object, peft_config: object, config: SparseLoraConfig | None, family: ModelFamily | None
 ) -> ModelFamily | None:
     """Everything that can be said before `SFTTrainer` wraps the model; returns the family of one that is loaded."""
+    if config is not None:
+        check_settings(config)
     targets = getattr(peft_config, "target_modules", None) or ()
     if re.fullmatch(targets, "lm_head") if isinstance(targets, str) else "lm_head" in targets:
         raise ValueError("target_modules: a LoRA adapter on lm_head is not supported. Leave lm_head out.")

@@ -23,7 +23,7 @@ from training import Collator, DenseTrainer, SparseTrainer, assert_same_run, exa
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from sparselora_hf import SparseLoraConfig, SparseLoraTrainer
+from sparselora_hf import SparseLoraCallback, SparseLoraConfig, SparseLoraTrainer, sparsify
 
 
 def one_step(trainer):
@@ -471,3 +471,17 @@ def test_flos_are_counted_as_by_the_trainer(tmp_path, monkeypatch):
     assert sparse.state.total_flos == dense.state.total_flos > 0
     assert len(walks) == 1
     assert sparse.floating_point_ops({}) == 0
+
+
+@pytest.mark.parametrize("settings", [{"mlp_sparsity": 0.5}, {}, "llama-3-8b-math"], ids=str)
+def test_settings_of_another_kind_are_refused_by_name(tmp_path, settings):
+    model = lora_model()
+    before = snapshot(model)
+    for make in (
+        lambda: make_trainer(tmp_path, settings, model=model),
+        lambda: sparsify(model, settings),
+        lambda: SparseLoraCallback(settings),
+    ):
+        with pytest.raises(TypeError, match="must be a SparseLoraConfig, got"):
+            make()
+    assert_untouched(model, before)
