@@ -9,7 +9,7 @@ from .decoder import Layer
 from .families import ModelFamily
 from .handle import Decision
 from .layers import kept_channels
-from .modules.lora import ignores_base, is_plain_lora
+from .modules.lora import has_bare_matrices, ignores_base, is_plain_lora, rewrites_weight
 from .ops.quant import why_unreadable
 from .views import AttentionView, MlpView, base_linear
 from .worth import Worth, attention_worth, mlp_worth
@@ -104,6 +104,10 @@ def _why_dense(part: Part) -> str:
             return f"the weight of {role} is trained"
         if role in _MLP and not is_plain_lora(module):
             return f"the adapter on {role} is not plain LoRA"
+        if role in _MLP and part.keep < part.width and has_bare_matrices(module):
+            return f"the adapter on {role} is AdaLoRA, which has no branch of kept channels alone"
+        if rewrites_weight(module):
+            return f"the adapter on {role} is one of target_parameters, which changes the weight itself"
         if ignores_base(module):
             return f"the adapter on {role} is DoRA with dropout, which computes the dense product by itself"
     return ""

@@ -14,7 +14,7 @@ from helpers import (
     loss_and_gradients,
     sparse_result,
 )
-from peft import LoraConfig
+from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from test_families import compare, exactly, result
 from training import assert_same_run, examples, trained
 from zoo import lora_targets, zoo_lora, zoo_model
@@ -128,6 +128,28 @@ def test_biases_are_trained(batch, name, part):
     model = zoo_lora(name, part, bias="all")
     assert sum(name.endswith("bias") and p.requires_grad for name, p in model.named_parameters()) > 7
     compare(model, batch, SPARSE)
+
+
+REWRITES = {"target_modules": ["v_proj"], "target_parameters": ["q_proj.weight"]}
+UNUSUAL = {
+    "target_parameters": (LoraConfig(**REWRITES), r"self_attn: dense \(the adapter on q is one of target_parameters"),
+    "AdaLoRA": (
+        AdaLoraConfig(target_modules=["q_proj", "up_proj"], total_step=10),
+        r"mlp: dense \(the adapter on up is AdaLoRA",
+    ),
+}
+
+
+@pytest.mark.parametrize(("adapter", "message"), UNUSUAL.values(), ids=UNUSUAL.keys())
+def test_adapters_that_are_no_plain_lora_are_named(batch, adapter, message):
+    """What carries them stays dense, and the report says so in plain words."""
+    model = get_peft_model(zoo_model("llama"), adapter).train()
+    want = loss_and_gradients(model, batch)
+    assert_same(exactly(model, batch, DENSE), want, 1e-4)
+    with sparsify(model, SPARSE, progress=False) as handle:
+        report = handle.report()
+    assert re.search(message, report)
+    assert "Error" not in report
 
 
 SAVED = {

@@ -5,7 +5,16 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-__all__ = ["has_branch", "ignores_base", "is_merged", "is_plain_lora", "kept_inputs", "kept_outputs"]
+__all__ = [
+    "has_bare_matrices",
+    "has_branch",
+    "ignores_base",
+    "is_merged",
+    "is_plain_lora",
+    "kept_inputs",
+    "kept_outputs",
+    "rewrites_weight",
+]
 
 
 def is_plain_lora(module: nn.Module) -> bool:
@@ -24,6 +33,18 @@ def is_plain_lora(module: nn.Module) -> bool:
     if module.disable_adapters or module.merged:
         return not (module.disable_adapters and module.merged)
     return not any(name in module.lora_variant for name in module.active_adapters)
+
+
+def has_bare_matrices(module: nn.Module) -> bool:
+    """Whether an adapter's A and B are parameters and no linears, as AdaLoRA's are: no rows can be taken of them."""
+    return isinstance(getattr(module, "lora_A", None), nn.ParameterDict)
+
+
+def rewrites_weight(module: nn.Module) -> bool:
+    """Whether an adapter adds to a projection's weight itself in each forward, as PEFT's `target_parameters` do."""
+    from peft.tuners.lora.layer import ParamWrapper
+
+    return isinstance(module, ParamWrapper)
 
 
 def ignores_base(module: nn.Module) -> bool:
