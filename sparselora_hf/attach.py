@@ -137,7 +137,8 @@ def attach(
     if any(isinstance(module, Patched) for module in model.modules()):
         raise ValueError(
             "The model is sparse already. Call restore() on its handle first: trainer.sparse_handle of the trainer "
-            "before, or what sparsify returned."
+            "before, or what sparsify returned. A copy of a sparse model has no handle of its own: copy the handle "
+            "by copy.deepcopy(handle), and restore that; its model is the copy."
         )
     text_config = causal_model(model).config.get_text_config()
     normalised = family.normalises_queries(text_config)

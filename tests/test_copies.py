@@ -83,6 +83,16 @@ def test_copy_stays_sparse_on_its_own_weights(batch, copied, after_use, branch):
     assert differs(got, dense)
 
 
+def test_a_copy_without_its_handle_is_told_of_it():
+    """The copy that the error tells of can be made sparse anew."""
+    model = lora_model()
+    with sparsify(model, SPARSE) as handle:
+        with pytest.raises(ValueError, match=r"sparse already.*copy\.deepcopy\(handle\), and restore that"):
+            sparsify(copy.deepcopy(model), SPARSE)
+        with sparsify(copy.deepcopy(handle).restore(), SPARSE) as twin:
+            assert repr(twin) == repr(handle)
+
+
 def test_copied_handle_restores_the_copy(batch):
     model = lora_model()
     handle = sparsify(model, SPARSE)
