@@ -84,7 +84,8 @@ class SparseLoraConfig:
             kept ones.
         exact: savings that change no number: True for all, False for none, or names out of ``activations``,
             ``adapters``, ``frozen_below``, ``last_layer``, ``logits``, ``norms``, ``padding``, ``recomputation`` and
-            ``rotary``.
+            ``rotary``. Under ``padding`` the logits of padding are others, and a `compute_loss_func` of one's own has
+            to leave them out.
         dense_if_slower: run a layer dense when its shapes promise no gain from sparsity.
         kernels: ``auto``, ``torch`` or ``triton``.
         seed: seed of the randomised SVD, the ``random`` criterion and the statistics' reservoir.
