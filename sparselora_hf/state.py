@@ -144,7 +144,13 @@ class SparseState:
         self._warned = False
 
     def begin(
-        self, plan: TokenPlan, device: torch.device, *, loss_only: bool = False, routers: bool = False
+        self,
+        plan: TokenPlan,
+        device: torch.device,
+        *,
+        loss_only: bool = False,
+        routers: bool = False,
+        leaf_inputs: bool = False,
     ) -> ActiveBatch:
         """Take up a new micro-batch; the one before is forgotten.
 
@@ -154,12 +160,15 @@ class SparseState:
             loss_only: the caller promises to use predictions at loss positions alone, which allows the savings
                 ``last_layer`` and ``logits``.
             routers: the loss balances experts over all tokens that no attention mask hides.
+            leaf_inputs: the caller gave embeddings whose gradient may be asked for.
         """
         savings = set(self.config.exact) - self.withheld.keys()
         if not loss_only:
             savings -= {"last_layer", "logits"}
         if routers and plan.unmasked:
             savings -= {"padding"}  # routers see it too
+        if leaf_inputs:
+            savings -= {"frozen_below"}
         if self.last_layer_is_sparse and (plan.loss_in_context or self.calibration.gathers):
             savings -= {"last_layer"}  # its context tokens are scored, or sampled: what goes in must be whole
         self.step += 1

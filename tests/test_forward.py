@@ -86,6 +86,37 @@ def test_training_mode_without_gradients_is_dense(model, batch):
     assert torch.equal(generated, model.eval().generate(batch["input_ids"][:1, :5], max_new_tokens=4, do_sample=False))
 
 
+def _disturbed(model, batch):
+    """Adversarial training adds to the embeddings what its gradient says."""
+    embeds = model.get_input_embeddings()(batch["input_ids"])
+    added = torch.zeros_like(embeds, requires_grad=True)
+    return {"inputs_embeds": embeds + added}, added
+
+
+def _prompted(model, batch):
+    """Embeddings of one's own take the place of the first tokens."""
+    embeds = model.get_input_embeddings()(batch["input_ids"]).detach()
+    prompt = torch.full_like(embeds[:1, :2], 0.1).requires_grad_(True)
+    return {"inputs_embeds": torch.cat([prompt.expand(len(embeds), -1, -1), embeds[:, 2:]], 1)}, prompt
+
+
+@pytest.mark.parametrize("make", [_disturbed, _prompted])
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
+def test_embeddings_that_are_given_have_their_gradient(batch, make, checkpointed):
+    """Though nothing of the model below its adapters is trained."""
+    results = []
+    for config in (None, SparseLoraConfig()):
+        model = lora_model()
+        if checkpointed:
+            checkpoint(model, reentrant=False)
+        with sparsify(model, config) if config else contextlib.nullcontext():
+            inputs, leaf = make(model, batch)
+            loss = model(**inputs, attention_mask=batch["attention_mask"], labels=batch["labels"]).loss
+            loss.backward()
+        results.append((loss.detach(), gradients(model) | {"leaf": leaf.grad}))
+    assert_same(results[1], results[0])
+
+
 def _seen_by_all_before(batch):
     length = batch["input_ids"].shape[1]
     return torch.ones(length, length, dtype=torch.bool).tril()[None, None].expand(len(batch["input_ids"]), 1, -1, -1)

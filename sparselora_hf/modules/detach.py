@@ -17,6 +17,7 @@ class DetachHook:
     """Forward pre-hook: hidden states enter the layer without a gradient while a planned batch is under way.
 
     Unless a parameter has a part in them: what is below may be unfrozen, or given an adapter, while training goes on.
+    Embeddings that the caller gave, and may want the gradient of, are the batch's to know.
     """
 
     def __init__(self, state: SparseState) -> None:
@@ -29,7 +30,10 @@ class DetachHook:
     @torch.compiler.disable
     def __call__(self, module: nn.Module, args: tuple) -> tuple | None:
         """Replace the layer's hidden states, its first argument."""
-        if self.state.batch is None or not args or is_reentrant(module) or _reaches_parameter(args[0]):
+        batch = self.state.batch
+        if batch is None or "frozen_below" not in batch.savings or not args:
+            return None
+        if is_reentrant(module) or _reaches_parameter(args[0]):
             return None
         return (args[0].detach(), *args[1:])
 

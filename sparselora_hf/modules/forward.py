@@ -78,7 +78,9 @@ class ForwardHook:
             return
         if _is_per_token(labels, kwargs):
             plan = TokenPlan.of_inputs(kwargs, self.state.config.token_rule)
-            self.state.begin(plan, labels.device, routers=_balances_experts(module, kwargs))
+            routers, embeds = _balances_experts(module, kwargs), kwargs.get("inputs_embeds")
+            leaf_inputs = embeds is not None and embeds.requires_grad
+            self.state.begin(plan, labels.device, routers=routers, leaf_inputs=leaf_inputs)
             return
         config = module.config
         plan = TokenPlan.of_pooled(
