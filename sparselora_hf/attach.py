@@ -151,12 +151,12 @@ def attach(
     handle = SparseLoraHandle(model, SparseState(config, criterion, calibration, meter), family)
     try:
         handle._hooks += [TrainingLayout(model), QuickWalks(model)]
+        handle._hooks += ForwardHook(handle.state).register(language_decoder(model), *_entrances(model))
         attentions = [layer.attention for layer in layers]
         handle._hooks += MaskHook(handle.state).register(language_decoder(model))
         handle._hooks += RecallHooks(handle.state).register(language_decoder(model), attentions)
         for layer, part, decision in plans:
             _patch_part(handle, layer, part, decision, last=layer.number == len(layers) - 1)
-        handle._hooks += ForwardHook(handle.state).register(*_entrances(model))
         handle._hooks += CompactHook(handle.state).register(part_of(language_decoder(model), family, "norm"))
         _detach_lowest(handle)
         _keep_averages(handle)

@@ -176,6 +176,35 @@ def loss_without_labels(model, batch):
     return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
+def decoder_loss(model, ids):
+    hidden = model.get_base_model().model(input_ids=ids).last_hidden_state
+    return hidden[:, : ids.shape[1] // 2].square().mean()
+
+
+@pytest.mark.parametrize("checkpointed", ["no", "non-reentrant", "reentrant"])
+@pytest.mark.parametrize("tokens", [slice(None), slice(5)], ids=["as many tokens", "fewer tokens"])
+def test_decoder_called_by_itself_is_dense(model, batch, tokens, checkpointed):
+    """No plan is its own: neither that of the batch before, nor afterwards is its batch lost."""
+    if checkpointed != "no":
+        checkpoint(model, checkpointed == "reentrant")
+    ids = batch["input_ids"][:, tokens].flip(0)
+    decoder_loss(model, ids).backward()
+    dense = gradients(model)
+    with sparsify(model, SPARSE) as handle:
+        handle.set_enabled(True)
+        _, own = loss_and_gradients(model, batch)
+        loss = model(**batch).loss
+        (loss + decoder_loss(model, ids)).backward()
+        both = gradients(model)
+        model.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            seen = model.train().get_base_model().model(input_ids=ids).last_hidden_state
+    assert_same((loss.detach(), both), (loss.detach(), {name: own[name] + dense[name] for name in own}))
+    with torch.no_grad():
+        want = model.get_base_model().model(input_ids=ids).last_hidden_state
+    torch.testing.assert_close(seen, want, rtol=1e-4, atol=1e-5)
+
+
 def checkpoint(model, reentrant: bool) -> None:
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     if reentrant:

@@ -155,6 +155,32 @@ def test_own_compute_loss_may_run_the_model_on_other_tokens(tmp_path, monkeypatc
         assert_same_run(saving, plain)
 
 
+def logits_by_model(model, ids):
+    return model(input_ids=ids).logits
+
+
+def logits_by_decoder(model, ids):
+    return model.get_base_model().lm_head(model.get_base_model().model(input_ids=ids).last_hidden_state)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+def test_own_compute_loss_may_call_the_decoder_by_itself(tmp_path, monkeypatch, checkpointing):
+    """It has the plan of the batch for the batch's tokens, and none for others, as the whole model has."""
+    other, runs = make_batch((13, 12, 4, 6), (3, 2, 3, 4), seed=5)["input_ids"], []
+    for logits_of in (logits_by_model, logits_by_decoder):
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None, logits_of=logits_of):
+            logits = logits_of(model, inputs["input_ids"])[:, :-1].flatten(0, 1)
+            apart = logits_of(model, other).square().mean()
+            return torch.nn.functional.cross_entropy(logits, inputs["labels"][:, 1:].flatten()) + apart
+
+        monkeypatch.setattr(SparseTrainer, "compute_loss", compute_loss, raising=False)
+        settings = {"data": examples(8, prompt=(13, 13), answer=(3, 3)), "gradient_checkpointing": checkpointing}
+        config = SPARSE.replace(start_step=1, mlp_sparsity=0.9)
+        runs.append(trained(tmp_path, config, max_steps=3, **settings))
+    assert_same_run(*runs)
+
+
 def test_compute_loss_given_to_a_trainer_may_read_every_position(tmp_path):
     dense, exact = (make_trainer(tmp_path, config, max_steps=2) for config in (None, SparseLoraConfig()))
     for trainer in (dense, exact):

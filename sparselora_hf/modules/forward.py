@@ -11,6 +11,8 @@ __all__ = ["ForwardHook"]
 
 logger = logging.get_logger(__name__)
 
+_UNKNOWN = "SparseLoRA: forward without labels runs dense, its context tokens are not known."
+
 
 class ForwardHook:
     """Pair of hooks around the model's forward.
@@ -18,19 +20,26 @@ class ForwardHook:
     A training forward with `labels` starts a batch, unless the trainer began one already for its tokens. The labels
     are those of tokens, or of whole sequences where the model classifies from the state of one token. A forward
     without gradients is dense, whatever the mode; the batch under way comes back after it, for recomputation.
+
+    A loss of one's own may call the decoder by itself. It is dense then, but for the tokens of a trainer's batch.
     """
 
     def __init__(self, state: SparseState) -> None:
         self.state = state
 
-    def register(self, *models: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
-        """Put both hooks on models of which one call passes a single one; returns what removes them."""
+    def register(self, decoder: nn.Module, *models: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
+        """Put both hooks on models of which one call passes a single one, and on their decoder, before any other hook.
+
+        Returns:
+            What removes them.
+        """
+        hooked = [(decoder, self.before_decoder), *((model, self.before) for model in models)]
         return [
             handle
-            for model in models
+            for module, before in hooked
             for handle in (
-                model.register_forward_pre_hook(self.before, with_kwargs=True),
-                model.register_forward_hook(self.after, always_call=True),
+                module.register_forward_pre_hook(before, with_kwargs=True),
+                module.register_forward_hook(self.after, always_call=True),
             )
         ]
 
@@ -43,6 +52,18 @@ class ForwardHook:
             self.state.end()
         elif not self.state.pinned or not self._is_pinned(kwargs.get("input_ids")):
             self._begin(module, kwargs)
+
+    @torch.compiler.disable
+    def before_decoder(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Keep a decoder that is called by itself from the batch of another forward: nothing tells its labels."""
+        is_inside = bool(self.state.set_aside)
+        self.state.set_aside.append(self.state.batch)
+        learns = module.training and torch.is_grad_enabled()
+        if is_inside or (learns and self.state.pinned and self._is_pinned(kwargs.get("input_ids"))):
+            return
+        self.state.end()
+        if learns:
+            logger.warning_once(_UNKNOWN)
 
     @torch.compiler.disable
     def after(self, module: nn.Module, args: tuple, output: object) -> None:
@@ -74,7 +95,7 @@ class ForwardHook:
         labels = kwargs.get("labels")
         if labels is None:
             self.state.end()
-            logger.warning_once("SparseLoRA: forward without labels runs dense, its context tokens are not known.")
+            logger.warning_once(_UNKNOWN)
             return
         if _is_per_token(labels, kwargs):
             plan = TokenPlan.of_inputs(kwargs, self.state.config.token_rule)
