@@ -62,8 +62,8 @@ def check_model(model: nn.Module, config: SparseLoraConfig, family: ModelFamily 
         The model's family.
 
     Raises:
-        ValueError: unknown family, a layer that does not exist, a rank above a weight's, a weight that holds NaN or
-            is not whole in this process.
+        ValueError: a model wrapped for several devices, unknown family, a layer that does not exist, a rank above a
+            weight's, a weight that holds NaN or is not whole in this process.
     """
     family = _check_config(model, config, family)
     check_weights(list(decoder_layers(model, config, family)), family)
@@ -72,6 +72,11 @@ def check_model(model: nn.Module, config: SparseLoraConfig, family: ModelFamily 
 
 def _check_config(model: nn.Module, config: SparseLoraConfig, family: ModelFamily | None) -> ModelFamily:
     check_settings(config)
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        raise ValueError(
+            f"The model is wrapped in {type(model).__name__}. Call sparsify before accelerator.prepare, or pass "
+            "model.module."
+        )
     text_config = causal_model(model).config.get_text_config()
     family = family or find_family(text_config.model_type)
     config.layer_sparsity(text_config.num_hidden_layers)

@@ -41,7 +41,10 @@ def _obstacle(linear: nn.Module) -> str:
 
     weight = linear.weight
     if isinstance(weight, DTensor):
-        return f"is split over devices already, by tensor parallelism (tp_plan, tp_size) or FSDP. {_INSTEAD}"
+        return (
+            "is split over devices already. By FSDP2: call sparsify before accelerator.prepare, and give a Trainer "
+            f"its callback when it is made. By tensor parallelism (tp_plan, tp_size): leave it out. {_INSTEAD}"
+        )
     if weight.is_meta:
         return (
             "is not in memory: it is on the meta device. Offloaded by device_map: choose a device_map without cpu and "

@@ -93,6 +93,8 @@ REFUSED = {
     "offloaded to disk": (disk_offload, r"layers\.0: .* meta device.* without cpu and disk"),
     "empty, as under ZeRO-3": (empty, r"layers\.1: the weight of up is empty: DeepSpeed ZeRO-3 .*ZeRO-2"),
     "split by tensor parallelism": (split, r"layers\.1: the weight of up is split .*tensor parallelism \(tp_plan"),
+    "split by FSDP2": (split, r"split over devices already\. By FSDP2: call sparsify before accelerator\.prepare"),
+    "wrapped": (lambda model, folder: nn.DataParallel(model), r"wrapped in DataParallel\. .* pass model\.module"),
 }
 
 
