@@ -99,6 +99,41 @@ def test_several_measurements_in_a_process(bench, monkeypatch, capsys):
     assert len(ran) == 2
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--model", "{folder}"), "step.py: error: Unrecognized model in"),
+        (("--sparse", "{{rnk: 8}}"), "step.py: error: Unknown SparseLoRA setting rnk"),
+        (("--sparse", "{{rank: 8"), "step.py: error: while parsing a flow mapping"),
+    ],
+    ids=["model", "setting", "syntax"],
+)
+def test_what_cannot_be_measured_is_one_line(bench, tmp_path, monkeypatch, capsys, flags, message):
+    monkeypatch.setattr(sys, "argv", ["step.py"])
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(SystemExit):
+        bench.step.main([flag.format(folder=tmp_path) for flag in flags])
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_plots_are_made_where_they_are_asked_for(tmp_path):
+    pytest.importorskip("matplotlib")
+    command = [sys.executable, str(BENCH / "plot.py"), "--output-dir", str(tmp_path / "new" / "plots")]
+    subprocess.run(command, check=True)
+    assert len(list((tmp_path / "new" / "plots").glob("step-cpu-*.png"))) == 3
+    done = subprocess.run([*command, "--csv", str(tmp_path / "none.csv")], capture_output=True, text=True)
+    assert (done.returncode, "none.csv is no file of rows" in done.stderr) == (2, True)
+
+
+def test_help_on_the_picture_draws_none():
+    pytest.importorskip("matplotlib")
+    picture = BENCH / "results" / "overview.png"
+    before = picture.stat().st_mtime_ns
+    done = subprocess.run([sys.executable, str(BENCH / "picture.py"), "--help"], capture_output=True, text=True)
+    assert (done.returncode, "README's picture" in done.stdout) == (0, True)
+    assert picture.stat().st_mtime_ns == before
+
+
 def test_a_model_is_made_once(bench):
     first, same, other = (bench.step.parse([*TINY, "--batch", batch, *more]) for batch, more in
                           (("1", []), ("2", []), ("2", ["--layers", "2"])))  # fmt: skip

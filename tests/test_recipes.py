@@ -365,3 +365,7 @@ def test_arc_data(tmp_path):
     assert [question["name"] for question in questions] == ["a", "b"]
     with pytest.raises(FileNotFoundError, match="holds no task"):
         make.main([str(tmp_path / "out" / "none")])
+    for text, message in (('{"test": []}', "b.json is no task"), ("[1, 2", "b.json is no JSON")):
+        (tmp_path / "tasks" / "b.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            make.main([str(tmp_path / "tasks"), "--output", str(tmp_path / "out")])

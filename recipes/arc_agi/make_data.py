@@ -11,8 +11,24 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from sparselora_hf.arc import training_rows
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A task.
+
+    Raises:
+        ValueError: the file holds none.
+    """
+    try:
+        task = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    if not isinstance(task, dict) or not {"train", "test"} <= task.keys():
+        raise ValueError(f"{path} is no task: it needs the keys train and test.")
+    return task
 
 
 def main(argv: Sequence[str]) -> int:
@@ -25,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
     files = sorted(args.tasks.glob("*.json"))
     if not files:
         raise FileNotFoundError(f"{args.tasks} holds no task, no file *.json.")
-    tasks = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in files}
+    tasks = {path.stem: read(path) for path in files}
     rows = [
         row
         for number, task in enumerate(tasks.values())

@@ -3,6 +3,7 @@
 python recipes/bench/picture.py
 """
 
+import argparse
 import json
 import statistics
 from pathlib import Path
@@ -62,7 +63,11 @@ def draw_losses(axis) -> None:
     axis.legend(frameon=False, fontsize=9)
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.parse_args(argv)
+    if not speedups():
+        parser.error(f"{RESULTS / 'step-cpu.csv'} holds no rows. Run step.py first.")
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 3.7))
     draw_steps(axes[0])
     draw_losses(axes[1])

@@ -49,12 +49,15 @@ def draw(rows: list[dict[str, str]], axis: str, path: Path) -> None:
     pyplot.close(figure)
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--csv", type=Path, default=RESULTS / "step-cpu.csv")
     parser.add_argument("--output-dir", type=Path, default=RESULTS)
-    args = parser.parse_args()
-    rows = read(args.csv)
+    args = parser.parse_args(argv)
+    rows = read(args.csv) if args.csv.is_file() else []
+    if not rows or not {"variant", "speedup", *AXES} <= rows[0].keys():
+        parser.error(f"--csv: {args.csv} is no file of rows that step.py has written.")
+    args.output_dir.mkdir(parents=True, exist_ok=True)
     for axis in AXES:
         draw(rows, axis, args.output_dir / f"{args.csv.stem}-{axis}.png")
     return 0

@@ -13,7 +13,14 @@ from datasets import Dataset
 from peft import LoraConfig
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, TrainerCallback
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+)
 from trl import SFTConfig, SFTTrainer
 
 from sparselora_hf import SparseLoraConfig, SparseLoraTrainer
@@ -58,13 +65,17 @@ class Workload:
         return Dataset.from_list(rows)
 
 
-def build_model(name: str, device: str, dtype: torch.dtype, seed: int = 0, **overrides) -> PreTrainedModel:
-    """A model with random weights, made on the device: a shape by name or the folder of a configuration."""
+def model_config(name: str, **overrides) -> PreTrainedConfig:
+    """The configuration of a model: a shape by name or the folder of a configuration."""
     if name in MODEL_SHAPES:
         values = {**MODEL_SHAPES[name], **overrides}
-        config = AutoConfig.for_model(values.pop("model_type"), **values, max_position_embeddings=8192)
-    else:
-        config = AutoConfig.from_pretrained(name, **overrides)
+        return AutoConfig.for_model(values.pop("model_type"), **values, max_position_embeddings=8192)
+    return AutoConfig.from_pretrained(name, **overrides)
+
+
+def build_model(name: str, device: str, dtype: torch.dtype, seed: int = 0, **overrides) -> PreTrainedModel:
+    """A model of `model_config` with random weights, made on the device."""
+    config = model_config(name, **overrides)
     torch.manual_seed(seed)
     with torch.device(device):
         return AutoModelForCausalLM.from_config(config, dtype=dtype)

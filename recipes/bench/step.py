@@ -42,6 +42,7 @@ from setup import (
     Workload,
     build_model,
     build_trainer,
+    model_config,
     quantize,
     variant_config,
 )
@@ -129,13 +130,18 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.protocol:
         args.sequence, args.output = PROTOCOLS[args.protocol]
+    try:
+        model_config(args.model, **_overrides(args.layers, args.hidden))
+        sparse_settings(args)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        parser.error(" ".join(str(error).split()))
     return args
 
 
 def sparse_settings(args: argparse.Namespace) -> SparseLoraConfig:
     """Settings of the sparse variants."""
     if args.sparse == "default":
-        shape = build_model(args.model, "meta", torch.bfloat16, **_overrides(args.layers, args.hidden)).config
+        shape = model_config(args.model, **_overrides(args.layers, args.hidden))
         return SparseLoraConfig.default(shape.num_hidden_layers, shape.hidden_size)
     if args.sparse:
         return SparseLoraConfig.from_dict(yaml.safe_load(args.sparse))
