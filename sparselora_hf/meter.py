@@ -48,7 +48,7 @@ class Meter:
         self.rank = rank
         self.mlp: list[Part] = []
         self.attention: list[Part] = []
-        self._prices: dict[tuple[tuple[bool, ...], frozenset[str]], list[float]] = {}
+        self._prices: dict[tuple[tuple[bool, ...], frozenset[str], frozenset[str]], list[float]] = {}
         self.reset()
 
     def reset(self) -> None:
@@ -58,8 +58,17 @@ class Meter:
         self.batches = 0
         self.since = time.perf_counter()
 
-    def add(self, plan: TokenPlan, sparse: bool, savings: frozenset[str]) -> None:
-        """Count one micro-batch."""
+    def add(
+        self, plan: TokenPlan, sparse: bool, savings: frozenset[str], too_few: frozenset[str] = frozenset()
+    ) -> None:
+        """Count one micro-batch.
+
+        Args:
+            plan: its token plan.
+            sparse: whether parts drop channels that can.
+            savings: names of the exact savings in force.
+            too_few: those of them whose rows are too few for dense parts to leave out; sparse ones do without padding.
+        """
         rows, parts = plan.shape[0] * plan.shape[1], [*self.mlp, *self.attention]
         counts = (len(plan.context), len(plan.output), rows - plan.tokens, len(plan.loss))
         pays = tuple(sparse and part.pays(len(plan.context), rows) for part in parts)
@@ -69,29 +78,36 @@ class Meter:
         self.batches += 1
         self.tokens += plan.tokens
         self.context += len(plan.context)
-        self.dense_flops += _total(counts, self._price((False,) * len(parts), frozenset()))
-        self.flops += _total(counts, self._price(pays, savings))
+        self.dense_flops += _total(counts, self._price((False,) * len(parts), frozenset(), frozenset()))
+        self.flops += _total(counts, self._price(pays, savings, too_few))
 
-    def _price(self, pays: tuple[bool, ...], savings: frozenset[str]) -> list[float]:
+    def _price(self, pays: tuple[bool, ...], savings: frozenset[str], too_few: frozenset[str]) -> list[float]:
         """Linear FLOPs of one token of each kind, with those parts sparse that pay."""
-        key = (pays, savings)
+        key = (pays, savings, too_few)
         if key not in self._prices:
-            self._prices[key] = [self._linear(_one(kind), pays, tuple(savings)) for kind in _KINDS]
+            self._prices[key] = [self._linear(_one(kind), *key) for kind in _KINDS]
         return self._prices[key]
 
-    def _linear(self, batch: BatchShape, pays: tuple[bool, ...], exact: tuple[str, ...]) -> float:
+    def _linear(
+        self, batch: BatchShape, pays: tuple[bool, ...], savings: frozenset[str], too_few: frozenset[str]
+    ) -> float:
         """Linear FLOPs of a step, with those parts sparse that pay."""
         parts = zip([*self.mlp, *self.attention], pays, strict=True)
         dropped = [part.width - part.keep if paid else None for part, paid in parts]
-        cost = step_cost(dataclasses.replace(self.model, layers=0), batch, LoraShape(0), exact=exact)  # the head
+        exact = tuple(savings - too_few)
+        head = step_cost(dataclasses.replace(self.model, layers=0), batch, LoraShape(0), exact=exact)
+        total = head.linear
         for layer, part in enumerate(self.mlp):
             shape, mlp, attention = self._shape_of(part), dropped[layer], dropped[len(self.mlp) + layer]
             keep = {
                 "mlp_keep": mlp and shape.intermediate - mlp,
                 "attention_keep": attention and shape.kv_width - attention,
             }
-            cost += layer_cost(shape, batch, LoraShape(0), layer, exact=exact, compensation_rank=self.rank, **keep)
-        return cost.linear
+            for group, drop in (("mlp", mlp), ("projections", attention)):
+                names = exact if drop is None else (*exact, *(savings & {"padding"}))
+                cost = layer_cost(shape, batch, LoraShape(0), layer, exact=names, compensation_rank=self.rank, **keep)
+                total += getattr(cost, group).total
+        return total
 
     def _shape_of(self, mlp: Part) -> ModelShape:
         """Shape of a layer: of a mixture of experts, unless this is a layer of the mixture that has none."""

@@ -57,7 +57,7 @@ class ActiveBatch:
         step: number of the micro-batch since the start of training, over all ranks, for random scores.
 
     Attributes:
-        left_out: the savings but those whose rows are too few in this batch: linears compute them all the same.
+        left_out: the savings but those whose rows are too few in this batch: what is dense computes them all the same.
     """
 
     def __init__(self, plan: TokenPlan, sparse: bool, savings: frozenset[str], step: int = 0) -> None:
@@ -112,7 +112,8 @@ class ActiveBatch:
         everything = plan.real is None or "padding" not in self.left_out
         if not sparse:
             return Rows(none, none, skip=True) if everything else Rows(plan.real, none, skip=False)
-        dense = plan.rest if everything and plan.real is not None else plan.output
+        # rows are taken apart here anyway: however few, padding is left out
+        dense = plan.output if "padding" in self.savings else plan.rest
         return Rows(dense, plan.context, skip=False)
 
 
@@ -177,7 +178,7 @@ class SparseState:
         rank, world = rank_and_world()
         number = (self.step - 1) * world + rank + 1
         self.batch = ActiveBatch(on_device, self.enabled, frozenset(savings), number)
-        self.meter.add(plan, self.batch.sparse, self.batch.left_out)
+        self.meter.add(plan, self.batch.sparse, self.batch.savings, self.batch.savings - self.batch.left_out)
         self._warn_without_context(plan)
         if self.calibration.gathers and not self.enabled:
             picks, slots = self.calibration.reservoir.draw(len(plan.context), number)

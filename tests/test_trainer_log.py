@@ -1,11 +1,13 @@
 """What a run says: figures in the log, the model card, warnings."""
 
 import pytest
+import torch
 from datasets import Dataset
 from helpers import SPARSE
-from training import examples, make_trainer, trained
+from training import examples, make_trainer, metrics, trained
 
 from sparselora_hf import SparseLoraConfig
+from sparselora_hf.cost import BatchShape, LoraShape, step_cost
 
 
 def test_log_carries_the_figures(tmp_path):
@@ -54,6 +56,30 @@ def test_rows_too_few_to_be_left_out_are_not_said_to_be_saved(tmp_path, saving, 
     trainer = trained(tmp_path, SparseLoraConfig(exact=(saving,)), data=data, max_steps=1)
     (log,) = [log for log in trainer.state.log_history if "loss" in log]
     assert log["sparselora/linear_flops_saved"] == 0
+
+
+def test_sparse_parts_leave_out_padding_however_little(tmp_path):
+    """The one row of padding is computed by dense parts alone."""
+    labels = [[-100] * 18 + [3, 3], [-100] * 17 + [3, 3]]
+    data = Dataset.from_dict({"input_ids": [[3] * 20, [3] * 19], "labels": labels})
+    seen = []
+    trainer = make_trainer(tmp_path, SPARSE.replace(start_step=0, exact=("padding",)), data=data, max_steps=1)
+    begin = trainer.sparse_handle.state.begin
+
+    def watched(*args, **kwargs):
+        batch = begin(*args, **kwargs)
+        seen.extend(len(batch.rows(torch.device("cpu"), sparse=s, loss_only=False).dense) for s in (True, False))
+        return batch
+
+    trainer.sparse_handle.state.begin = watched
+    trainer.train()
+    assert seen == [6, 0]  # the latter runs as if unpatched
+    saved = metrics(trainer, "sparselora/linear_flops_saved")[0]
+    shape, batch = trainer.sparse_handle.state.meter.model, BatchShape(33, 6, 1, 4, 2, 20)
+    keep = {"mlp_keep": [10, 10, None], "attention_keep": [None, 8, None]}
+    most, least = (step_cost(shape, batch, LoraShape(0), exact=exact, **keep).linear for exact in ((), ("padding",)))
+    dense = step_cost(shape, batch, LoraShape(0)).linear
+    assert 1 - most / dense < saved < 1 - least / dense
 
 
 def test_model_card_names_method_and_paper(tmp_path):
