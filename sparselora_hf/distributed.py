@@ -51,11 +51,18 @@ def agree(tensors: Iterable[torch.Tensor]) -> None:
 
 
 @contextlib.contextmanager
-def whole_weights(module: nn.Module) -> Iterator[None]:
-    """Weights of a module in full, where FSDP2 keeps a shard of them on each rank; every rank must enter."""
+def whole_weights(module: nn.Module, model: nn.Module | None = None) -> Iterator[None]:
+    """Weights of a module in full, where FSDP2 keeps a shard of them on each rank; every rank must enter.
+
+    Args:
+        module: a part of the model.
+        model: the whole model, which FSDP2 gathers as one where it has no policy to wrap parts by; None is the module.
+    """
     from torch.distributed.fsdp import FSDPModule
 
-    sharded = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    inside, whole = set(module.modules()), module if model is None else model
+    units = [part for part in whole.modules() if isinstance(part, FSDPModule)]
+    sharded = [part for part in units if part in inside or module in part.modules()]
     for part in sharded:
         part.unshard()
     try:

@@ -174,7 +174,7 @@ class SparseLoraHandle:
         layers = decoder_layers(self.model, self.config, self.family)
         for layer in tqdm(list(layers), desc="SparseLoRA: fit", disable=not logging.is_progress_bar_enabled()):
             # sums over all tokens take float32, also in a loop that is under autocast as a whole
-            with whole_weights(layer.module), torch.autocast(self.device.type, enabled=False):
+            with whole_weights(layer.module, self.model), torch.autocast(self.device.type, enabled=False):
                 self._fit_layer(layer)
         tokens = calibration.finish()
         logger.info(f"SparseLoRA: fitted to {tokens} tokens of dense steps in {time.perf_counter() - start:.1f} s.")

@@ -111,6 +111,26 @@ def test_weights_that_are_not_whole_are_refused(tmp_path, place, message):
             dist.destroy_process_group()
 
 
+def test_a_model_that_fsdp2_gathers_as_a_whole_is_fitted_as_one_that_is_not_split(batch):
+    from torch.distributed.fsdp import fully_shard
+
+    config = SPARSE.replace(criterion="static", compensation="low_rank", compensation_rank=4)
+    losses = []
+    try:
+        for is_split in (False, True):
+            model = lora_model()
+            handle = sparsify(model, config)
+            if is_split:
+                dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+                fully_shard(model, mesh=dist.init_device_mesh("cpu", (1,)))
+            model(**batch).loss.backward()
+            handle.set_enabled(True)
+            losses.append(model(**batch).loss.item())
+    finally:
+        dist.destroy_process_group()
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
 def test_zero_3_is_refused_before_its_weights_are_split(monkeypatch):
     monkeypatch.setattr(placement, "is_deepspeed_zero3_enabled", lambda: True)
     model = lora_model()
