@@ -236,9 +236,6 @@ class SparseLoraConfig:
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain values that YAML and JSON can hold."""
         values = dataclasses.asdict(self)
-        for field in ("mlp_sparsity", "attention_sparsity"):
-            if isinstance(values[field], Mapping):
-                values[field] = {str(key): value for key, value in values[field].items()}
         values["exact"] = list(self.exact)
         return values
 
@@ -301,11 +298,12 @@ def _check_step(field: str, value: object) -> None:
         raise ValueError(f"{field}: the fraction {value!r} is above 1. Write steps as a whole number, {int(value)}.")
 
 
-# Subclasses of float and paths are fine as settings, but YAML writes neither: they become what it writes.
+# Subclasses of float, paths and numbers of layers are fine as settings, but a file does not give them back: they
+# become what it gives.
 
 
 def _plain_sparsity(value: float | Mapping[str, float]) -> float | dict[str, float]:
-    return {key: float(part) for key, part in value.items()} if isinstance(value, Mapping) else float(value)
+    return {str(key): float(part) for key, part in value.items()} if isinstance(value, Mapping) else float(value)
 
 
 def _plain_path(value: object) -> str:

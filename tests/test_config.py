@@ -46,6 +46,8 @@ def test_values_that_yaml_does_not_know_become_what_it_writes(tmp_path):
     )
     assert SparseLoraConfig.from_yaml(config.to_yaml(tmp_path)) == config
     assert config == SparseLoraConfig({"0": 0.25, "1": 0.5, "2": 0.75}, 0.5, start_step=0.25, cache_dir=str(tmp_path))
+    numbered = SparseLoraConfig({3: 0.5, "4-5": 0.25})
+    assert SparseLoraConfig.from_yaml(numbered.to_yaml(tmp_path)) == numbered
     rising["0"] = 0.9
     assert config.mlp_sparsity["0"] == 0.25
 
