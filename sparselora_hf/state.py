@@ -5,6 +5,8 @@ layer runs its forward again in backward and must then meet the same plan and th
 """
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from transformers.utils import logging
@@ -17,7 +19,7 @@ from .distributed import rank_and_world
 from .families import ModelFamily
 from .meter import Meter
 from .ops.transfer import to_device
-from .plan import TokenPlan
+from .plan import PLANNED_BY, TokenPlan
 from .views import MlpView
 from .worth import Worth
 
@@ -27,7 +29,7 @@ _WORTH_LEAVING_OUT = 7 / 8  # moving rows costs about an eighth of a 256-wide pr
 # the set that each module keeps
 _SETS = {"q": "qk", "k": "qk", "v": "vo", "o": "vo", "qkv": "qkv", "mlp": "mlp"}
 
-__all__ = ["ActiveBatch", "LayerLink", "Rows", "SparseState"]
+__all__ = ["ActiveBatch", "LayerLink", "Pin", "Rows", "SparseState"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +119,42 @@ class ActiveBatch:
         return Rows(dense, plan.context, skip=False)
 
 
+class Pin:
+    """The batch that a trainer began, and what it was begun for: its tokens, and all that its plan was made from.
+
+    Args:
+        batch: the batch.
+        inputs: the model's inputs, with `input_ids` among them.
+    """
+
+    def __init__(self, batch: ActiveBatch, inputs: Mapping[str, Any]) -> None:
+        self.batch = batch
+        tensors = {name: inputs.get(name) for name in ("input_ids", *PLANNED_BY)}
+        self._seen = {name: (tensor, getattr(tensor, "_version", 0)) for name, tensor in tensors.items()}
+
+    def fits(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether a forward is of this batch: with its labels or none, and what else its plan depends on.
+
+        Without padding a forward may leave out what says where padding is.
+        """
+        optional = {"labels", "shift_labels"}
+        if self.batch.plan.real is None:
+            optional |= {"attention_mask", "position_ids"}
+        return all(self._is_as_seen(name, inputs.get(name), name in optional) for name in self._seen)
+
+    def _is_as_seen(self, name: str, now: object, optional: bool) -> bool:
+        before, version = self._seen[name]
+        if now is None:
+            return optional or before is None
+        if before is None or getattr(before, "_version", 0) != version:
+            return False
+        return now is before or (_are_tensors(now, before) and torch.equal(now.to(before.device), before))
+
+
+def _are_tensors(*values: object) -> bool:
+    return all(isinstance(value, torch.Tensor) for value in values)
+
+
 class SparseState:
     """What the patched modules of one model share.
 
@@ -136,7 +174,7 @@ class SparseState:
         self.withheld: dict[str, str] = {}  # exact savings that the model does not allow, and why
         self.batch: ActiveBatch | None = None
         self.pinned = False  # the trainer began the batch: forwards leave it alone
-        self.pinned_to: tuple[torch.Tensor, ActiveBatch] | None = None  # but those of other tokens than these
+        self.pinned_to: Pin | None = None  # but those of other inputs than these
         self.set_aside: list[ActiveBatch | None] = []  # batches that wait for forwards without gradients to end
         self.compact = False  # the decoder's final norm passes loss rows on and no others
         self.step = 0

@@ -22,6 +22,7 @@ from .collator import PLAN_KEY, PlanCollator
 from .config import CONFIG_FILE, SparseLoraConfig, check_settings
 from .families import ModelFamily
 from .plan import IGNORE_INDEX, PLANNED_BY, TokenPlan
+from .state import Pin
 from .versions import SUPPORTED, check_versions
 
 __all__ = ["SparseLoraTrainer"]
@@ -191,8 +192,8 @@ class SparseLoraTrainer(SFTTrainer):
         loss_only = self._uses_loss_positions_only()
         batch = state.begin(plan, self.sparse_handle.device, loss_only=loss_only, routers=self.aux_loss_enabled)
         state.pinned = True
-        if not loss_only and "input_ids" in inputs:  # a loss of one's own may run the model on other tokens too
-            state.pinned_to = inputs["input_ids"], batch
+        if not loss_only and "input_ids" in inputs:  # a loss of one's own may run the model on others, too
+            state.pinned_to = Pin(batch, inputs)
         try:
             return super().training_step(model, inputs, *args, **kwargs)
         finally:

@@ -181,6 +181,49 @@ def test_own_compute_loss_may_call_the_decoder_by_itself(tmp_path, monkeypatch, 
     assert_same_run(*runs)
 
 
+def first_token_hidden(inputs):
+    inputs["attention_mask"][:, 0] = 0
+
+
+def first_token_hidden_in_another_mask(inputs):
+    mask = inputs["attention_mask"].clone()
+    inputs["attention_mask"] = mask.index_fill_(1, torch.tensor([0]), 0)
+
+
+def mask_left_out(inputs):
+    del inputs["attention_mask"]
+
+
+def labels_everywhere(inputs):
+    inputs["labels"] = inputs["input_ids"]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(
+    "change", [first_token_hidden, first_token_hidden_in_another_mask, mask_left_out, labels_everywhere]
+)
+def test_own_compute_loss_may_change_the_batch(tmp_path, monkeypatch, change, side):
+    """Its forward has the plan of what it is given, or none."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        change(inputs)
+        return model(**inputs).loss
+
+    for trainer_class in (DenseTrainer, SparseTrainer):
+        monkeypatch.setattr(trainer_class, "compute_loss", compute_loss, raising=False)
+
+    def collator(rows):  # positions would keep the mask in its place
+        batch = Collator(side)(rows)
+        return {name: batch[name] for name in ("input_ids", "labels", "attention_mask")}
+
+    settings = {"max_steps": 2, "data_collator": collator}
+    dense, exact = (trained(tmp_path, config, **settings) for config in (None, SparseLoraConfig()))
+    assert_same_run(exact, dense)
+    if change is labels_everywhere:
+        sparse = trained(tmp_path, SPARSE.replace(start_step=0, exact=False), **settings)
+        assert sparse.losses[0] == pytest.approx(dense.losses[0], rel=1e-5)  # no context is left
+
+
 def test_compute_loss_given_to_a_trainer_may_read_every_position(tmp_path):
     dense, exact = (make_trainer(tmp_path, config, max_steps=2) for config in (None, SparseLoraConfig()))
     for trainer in (dense, exact):

@@ -50,7 +50,7 @@ class ForwardHook:
         if not module.training or not torch.is_grad_enabled():
             self._warn_in_evaluation_mode(module, kwargs)
             self.state.end()
-        elif not self.state.pinned or not self._is_pinned(kwargs.get("input_ids")):
+        elif not self.state.pinned or not self._is_pinned(kwargs):
             self._begin(module, kwargs)
 
     @torch.compiler.disable
@@ -59,7 +59,7 @@ class ForwardHook:
         is_inside = bool(self.state.set_aside)
         self.state.set_aside.append(self.state.batch)
         learns = module.training and torch.is_grad_enabled()
-        if is_inside or (learns and self.state.pinned and self._is_pinned(kwargs.get("input_ids"))):
+        if is_inside or (learns and self.state.pinned and self._is_pinned(kwargs)):
             return
         self.state.end()
         if learns:
@@ -81,14 +81,14 @@ class ForwardHook:
                 "steps. To train it call model.train() first, to evaluate it use torch.no_grad()."
             )
 
-    def _is_pinned(self, tokens: torch.Tensor | None) -> bool:
-        """Whether these tokens are those of the batch that the trainer began, which then is in hand again."""
-        if self.state.pinned_to is None:
+    def _is_pinned(self, inputs: dict) -> bool:
+        """Whether these inputs are those of the batch that the trainer began, which then is in hand again."""
+        pin = self.state.pinned_to
+        if pin is None:
             return True
-        own, batch = self.state.pinned_to
-        is_own = tokens is own or (tokens is not None and torch.equal(tokens.to(own.device), own))
+        is_own = pin.fits(inputs)
         if is_own:
-            self.state.batch = batch
+            self.state.batch = pin.batch
         return is_own
 
     def _begin(self, module: nn.Module, kwargs: dict) -> None:
