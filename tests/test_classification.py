@@ -1,5 +1,7 @@
 """Sequence classification: one token of each sequence is pooled, and that one is dense."""
 
+import contextlib
+
 import pytest
 import torch
 from helpers import (
@@ -9,6 +11,7 @@ from helpers import (
     assert_same,
     differs,
     fill_adapters,
+    gradients,
     loss_and_gradients,
     make_batch,
     sparse_result,
@@ -86,6 +89,42 @@ def test_only_the_pooled_row_of_the_last_layer_is_computed():
         assert handle.state.batch.savings >= {"last_layer"}
         hook.remove()
     assert rows == [3]
+
+
+def _with_hidden_states(model, batch):
+    """A loss that reads every token's state beside."""
+    out = model(**batch, output_hidden_states=True)
+    return out.loss + out.hidden_states[-1].square().mean()
+
+
+def _by_embeddings(model, batch):
+    embeds = model.get_input_embeddings()(batch["input_ids"][:1])
+    return model(inputs_embeds=embeds, labels=batch["labels"][:1]).loss
+
+
+def _by_place(model, batch):
+    return model.get_base_model()(batch["input_ids"], batch["attention_mask"], labels=batch["labels"]).loss
+
+
+@pytest.mark.parametrize("loss_of", [_with_hidden_states, _by_embeddings, _by_place])
+def test_ways_to_call_a_classifier(loss_of):
+    model, batch, results = classifier(num_labels=3), class_batch(), []
+    batch["attention_mask"][:] = 1  # hidden states of padding are nobody's
+    for config in (None, SparseLoraConfig()):
+        model.zero_grad(set_to_none=True)
+        with sparsify(model, config) if config else contextlib.nullcontext():
+            loss = loss_of(model, batch)
+            loss.backward()
+        results.append((loss.detach(), gradients(model)))
+    assert_same(results[1], results[0])
+
+
+def test_inputs_given_by_place_are_planned_as_by_name():
+    model, batch = classifier(num_labels=3), class_batch()
+    with sparsify(model, SPARSE) as handle:
+        handle.set_enabled(True)
+        by_name, by_place = model(**batch).loss, _by_place(model, batch)
+    assert torch.equal(by_place, by_name)
 
 
 def test_plain_trainer_with_the_callback(tmp_path):

@@ -1,5 +1,7 @@
 """Hooks on the causal model: the token plan of a training forward, and dense forwards in between."""
 
+import inspect
+
 import torch
 from torch import nn
 from transformers.utils import logging
@@ -47,6 +49,7 @@ class ForwardHook:
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Decide on the batch of this forward."""
         self.state.set_aside.append(self.state.batch)
+        kwargs = _named(module, args, kwargs)
         if not module.training or not torch.is_grad_enabled():
             self._warn_in_evaluation_mode(module, kwargs)
             self.state.end()
@@ -58,6 +61,7 @@ class ForwardHook:
         """Keep a decoder that is called by itself from the batch of another forward: nothing tells its labels."""
         is_inside = bool(self.state.set_aside)
         self.state.set_aside.append(self.state.batch)
+        kwargs = _named(module, args, kwargs)
         learns = module.training and torch.is_grad_enabled()
         if is_inside or (learns and self.state.pinned and self._is_pinned(kwargs)):
             return
@@ -92,23 +96,23 @@ class ForwardHook:
         return is_own
 
     def _begin(self, module: nn.Module, kwargs: dict) -> None:
-        labels = kwargs.get("labels")
-        if labels is None:
+        labels, ids = kwargs.get("labels"), kwargs.get("input_ids")
+        per_token = labels is not None and _is_per_token(labels, kwargs)
+        if labels is None or not (per_token or ids is not None):
             self.state.end()
             logger.warning_once(_UNKNOWN)
             return
-        if _is_per_token(labels, kwargs):
+        if per_token:
             plan = TokenPlan.of_inputs(kwargs, self.state.config.token_rule)
             routers, embeds = _balances_experts(module, kwargs), kwargs.get("inputs_embeds")
             leaf_inputs = embeds is not None and embeds.requires_grad
             self.state.begin(plan, labels.device, routers=routers, leaf_inputs=leaf_inputs)
             return
-        config = module.config
-        plan = TokenPlan.of_pooled(
-            kwargs["input_ids"], kwargs.get("attention_mask"), config.get_text_config().pad_token_id
-        )
+        pad_token_id = module.config.get_text_config().pad_token_id
+        plan = TokenPlan.of_pooled(ids, kwargs.get("attention_mask"), pad_token_id)
         # nothing but the pooled states is made of the model's output, unless it records more
-        self.state.begin(plan, labels.device, loss_only=not (config.output_hidden_states or config.output_attentions))
+        records = any(_is_asked(module, kwargs, name) for name in ("output_hidden_states", "output_attentions"))
+        self.state.begin(plan, labels.device, loss_only=not records)
 
 
 def _balances_experts(model: nn.Module, kwargs: dict) -> bool:
@@ -117,7 +121,19 @@ def _balances_experts(model: nn.Module, kwargs: dict) -> bool:
     return bool(getattr(model.config.get_text_config(), "output_router_logits", False) if asked is None else asked)
 
 
+def _is_asked(model: nn.Module, kwargs: dict, name: str) -> bool:
+    """Whether a forward is asked for one more output, by its arguments or else by the model's configuration."""
+    asked = kwargs.get(name)
+    return bool(getattr(model.config, name) if asked is None else asked)
+
+
 def _is_per_token(labels: torch.Tensor, kwargs: dict) -> bool:
     """Whether labels belong to tokens; those of a sequence classification model belong to whole sequences."""
-    ids = kwargs.get("input_ids")
-    return ids is None or labels.shape == ids.shape
+    ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+    tokens = ids if ids is not None else embeds
+    return labels.dim() == 2 if tokens is None else labels.shape == tokens.shape[:2]
+
+
+def _named(module: nn.Module, args: tuple, kwargs: dict) -> dict:
+    """Arguments of a forward by name, those given by place too."""
+    return {**dict(zip(inspect.signature(module.forward).parameters, args)), **kwargs} if args else kwargs  # noqa: B905
