@@ -224,6 +224,20 @@ def test_own_compute_loss_may_change_the_batch(tmp_path, monkeypatch, change, si
         assert sparse.losses[0] == pytest.approx(dense.losses[0], rel=1e-5)  # no context is left
 
 
+@pytest.mark.parametrize("form", [None, "torch"])
+def test_column_of_labels_that_are_no_tokens(tmp_path, form):
+    """Classes, say, of which a collator of one's own makes tokens."""
+
+    def collator(rows):
+        tokens = [[3, 4, 5, int(row["labels"])] for row in rows]
+        return Collator("right")([{"input_ids": ids, "labels": [-100] * 3 + ids[3:]} for ids in tokens])
+
+    data = Dataset.from_dict({"labels": [6, 7, 8, 9]}).with_format(form)
+    settings = {"data": data, "data_collator": collator, "max_steps": 2, "remove_unused_columns": False}
+    dense, exact = (trained(tmp_path, config, **settings) for config in (None, SparseLoraConfig()))
+    assert_same_run(exact, dense)
+
+
 def test_compute_loss_given_to_a_trainer_may_read_every_position(tmp_path):
     dense, exact = (make_trainer(tmp_path, config, max_steps=2) for config in (None, SparseLoraConfig()))
     for trainer in (dense, exact):
