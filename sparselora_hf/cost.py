@@ -181,7 +181,8 @@ class _Layer:
         _, sparse = self.rows("down_proj")
         if not rank or not sparse:
             return []
-        return [_Product(sparse, self.model.hidden, rank), _Product(sparse, rank, self.mlp_keep)]
+        kept = self.mlp_keep - (self.model.intermediate - self.model.droppable)
+        return [_Product(sparse, self.model.hidden, rank), _Product(sparse, rank, kept)]
 
     def factors(self, rank: int) -> list[_Product]:
         """Products of the factors that stand in for the dropped channels of attention."""
@@ -203,7 +204,7 @@ class _Layer:
 
     def scores(self, rank: int) -> list[_Product]:
         """Products of the SVD estimator: full width for the MLP, Gram matrices of the rank for attention."""
-        hidden, channels = self.model.hidden, self.model.intermediate
+        hidden, channels = self.model.hidden, self.model.droppable
         _, mlp = self.rows("down_proj")
         _, attention = self.rows("k_proj")
         factors = [_Product(mlp, hidden, rank, 0), _Product(mlp, rank, channels, 0)] * (self.model.mlp_matrices - 1)
@@ -327,13 +328,12 @@ def _per_layer(field: str, keep: Sequence[int | None] | None, model: ModelShape)
 def keep_lists(config: SparseLoraConfig, model: ModelShape) -> tuple[list[int | None], list[int | None]]:
     """MLP channels and key/value channels that a configuration keeps per layer, None where a layer is dense."""
     mlp, attention = config.layer_sparsity(model.layers)
-    able = model.intermediate if model.sparse_mlp is None else model.sparse_mlp
-    dense = model.intermediate - able  # channels of experts
+    dense = model.intermediate - model.droppable  # channels of experts
 
     def kept(width: int, sparsities: list[float], beside: int = 0) -> list[int | None]:
         return [beside + kept_channels(width, sparsity) if sparsity and width else None for sparsity in sparsities]
 
-    return kept(able, mlp, dense), kept(model.kv_width, attention)
+    return kept(model.droppable, mlp, dense), kept(model.kv_width, attention)
 
 
 def bound(dense: StepCost, sparse: StepCost) -> float:
@@ -382,8 +382,7 @@ def activation_bytes(
     """
     attention = 2 * (model.query_width + model.kv_width) + lora.rank * len(lora.targets)
     fixed = batch.tokens * (3 * model.hidden + attention)
-    apart = model.intermediate if model.sparse_mlp is None else model.sparse_mlp  # from experts
-    lean = apart if "activations" in exact and model.mlp_matrices == 3 else 0
+    lean = model.droppable if "activations" in exact and model.mlp_matrices == 3 else 0
     layers = []
     for layer, keep in enumerate(_per_layer("mlp_keep", mlp_keep, model)):
         part = _Layer(model, batch, lora, keep, None, tuple(exact), layer == 0, layer == model.layers - 1)

@@ -149,6 +149,11 @@ class ModelShape:
         return self.kv_heads * self.head_dim
 
     @property
+    def droppable(self) -> int:
+        """MLP channels that may be dropped: all, or those beside the experts."""
+        return self.intermediate if self.sparse_mlp is None else self.sparse_mlp
+
+    @property
     def mlp_names(self) -> tuple[str, ...]:
         """Projections of the MLP."""
         return MLP_PROJECTIONS[-self.mlp_matrices :]

@@ -96,6 +96,14 @@ def test_normalised_queries_and_keys_are_not_scored_and_need_no_stand_in():
     assert cost.projections.forward - plain.projections.forward == 2 * 5 * 3 * ((8 + 4) + (8 + 8))  # v and o
 
 
+def test_experts_are_not_scored_and_need_no_stand_in():
+    """Of 20 channels that a token passes through 12 are of experts; of the other 8 a sparse layer keeps 3."""
+    mixture = dataclasses.replace(TINY, sparse_mlp=8)
+    plain, cost = (layer_cost(mixture, SMALL, NO_LORA, 1, mlp_keep=15, rank=r, compensation_rank=r) for r in (0, 2))
+    assert cost.estimator.forward == 2 * 5 * 2 * (8 * 2 + 2 * 8)
+    assert cost.mlp.forward - plain.mlp.forward == 2 * 5 * 2 * (8 + 3 + 8)
+
+
 def test_lora_on_the_mlp_follows_kept_channels():
     lora = LoraShape(2, ("down_proj",))
     cost = layer_cost(TINY, SMALL, lora, layer=1, mlp_keep=4)
