@@ -80,13 +80,14 @@ class SparseLoraCallback(TrainerCallback):
         """Start again from the checkpoint's statistics, also where a first try of this run had gathered others."""
         given = args.resume_from_checkpoint
         named = [self.handle.source, given if isinstance(given, str) else None]
-        usual = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        usual = _folder(args, step)
         folders = [Path(folder) for folder in (*named, usual) if folder and (Path(folder) / CONFIG_FILE).is_file()]
         if folders and SparseLoraConfig.from_yaml(folders[0]).learns_as(self.handle.config):
             self.handle.load(folders[0])
 
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         """Switch where the schedule says so."""
+        self._save_beside_jit(args, state, control)
         self.handle.begin_step(state.global_step, args.gradient_accumulation_steps)
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
@@ -100,8 +101,15 @@ class SparseLoraCallback(TrainerCallback):
         """Write configuration and calibration beside the checkpoint."""
         if state.is_hyper_param_search:
             return  # a trial's checkpoints lie where the Trainer alone knows
-        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        self.handle.save(folder, write=args.should_save)
+        self.handle.save(_folder(args, state.global_step), write=args.should_save)
+
+    def _save_beside_jit(self, args, state, control, **kwargs) -> None:
+        """Save where `enable_jit_checkpoint` just wrote a checkpoint: its callback comes first, and tells nobody."""
+        stops = control.should_training_stop and state.global_step < state.max_steps
+        if getattr(args, "enable_jit_checkpoint", False) and stops and _folder(args, state.global_step).is_dir():
+            self.on_save(args, state, control)
+
+    on_pre_optimizer_step = on_step_end = on_epoch_end = _save_beside_jit
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         """Leave a dense model behind, and a plain one where the callback made it sparse."""
@@ -109,3 +117,8 @@ class SparseLoraCallback(TrainerCallback):
         if self._config:
             self.handle.restore()
             self.handle = None
+
+
+def _folder(args, step: int) -> Path:
+    """Where the checkpoint of a step usually lies."""
+    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"

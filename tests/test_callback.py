@@ -105,6 +105,40 @@ def test_statistics_go_on_after_resuming(tmp_path, step):
     assert losses(resumed) == pytest.approx(losses(whole), rel=1e-4)
 
 
+class _Terminated(TrainerCallback):
+    """A SIGTERM that the Trainer's own callback finds at its next turn."""
+
+    def __init__(self, event, step):
+        self.step = step
+        setattr(self, event, self.arrive)
+
+    def arrive(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            self.manager.is_checkpoint_requested = True
+
+
+@pytest.mark.parametrize(
+    ("event", "step"), [("on_step_begin", 3), ("on_pre_optimizer_step", 3), ("on_log", 3), ("on_log", 4)]
+)
+def test_a_checkpoint_when_the_process_is_ended_holds_statistics(tmp_path, event, step):
+    """The Trainer saves at its next event: before the optimizer or behind it, before a step, after an epoch."""
+    config = SPARSE.replace(criterion="static", compensation="mean")
+    model = lora_model()
+    settings = {"enable_jit_checkpoint": True, "gradient_accumulation_steps": 2}
+    terminated = _Terminated(event, step)
+    trainer = make_trainer(tmp_path, model, [SparseLoraCallback(sparsify(model, config)), terminated], **settings)
+    (jit,) = (c for c in trainer.callback_handler.callbacks if type(c).__name__ == "JITCheckpointCallback")
+    terminated.manager = jit.jit_manager
+    trainer.train()
+    assert trainer.state.global_step < 8
+    (checkpoint,) = tmp_path.glob("checkpoint-*")
+    assert (checkpoint / "trainer_state.json").is_file()
+    assert (checkpoint / CALIBRATION_FILE).is_file()
+    assert SparseLoraConfig.from_yaml(checkpoint) == config
+    trainer, _, _ = run(tmp_path, config, resume=str(checkpoint), **settings)
+    assert trainer.state.global_step == 8
+
+
 def test_without_sparsity_nothing_changes(tmp_path):
     plain = make_trainer(tmp_path, lora_model(), [])
     plain.train()
