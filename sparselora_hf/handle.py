@@ -17,6 +17,7 @@ from .distributed import gather_objects, rank_and_world, whole_weights
 from .families import ModelFamily
 from .files import write_atomically
 from .modules.classes import link_of, unpatch
+from .placement import check_units
 from .schedule import Schedule
 from .state import SparseState
 from .views import AttentionView, MlpView
@@ -100,10 +101,12 @@ class SparseLoraHandle:
             step: finished steps, where a run is resumed; 0 forgets what an earlier run had learned.
 
         Raises:
-            ValueError: no step would be sparse, or another library has replaced the forward of a sparse module.
+            ValueError: no step would be sparse, FSDP version 1 has wrapped the layers, or another library has replaced
+                the forward of a sparse module.
         """
         if not self.is_attached:
             logger.warning("SparseLoRA: the model was restored, so training is dense. Call sparsify for a new handle.")
+        check_units(self.model)
         self._check_forwards()
         self._has_waited = False
         self._schedule = Schedule.of(self.config, max_steps)

@@ -14,7 +14,7 @@ from .families import ModelFamily
 from .ops.quant import is_repacked, why_unreadable
 from .views import base_linear
 
-__all__ = ["check_engine", "check_weights"]
+__all__ = ["check_engine", "check_units", "check_weights"]
 
 _INSTEAD = "DDP, FSDP2 and ZeRO-2 are the ways to use several devices."
 
@@ -66,6 +66,18 @@ def _is_finite(weight: torch.Tensor) -> bool:
     # sums are taken in float32 whatever their result's type, and float16's result could overflow: asking for another
     # type than the weight's costs 27 times the time on a CPU
     return bool(torch.isfinite(weight.sum(dtype=torch.float32 if weight.dtype == torch.float16 else None)))
+
+
+def check_units(model: nn.Module) -> None:
+    """Refuse a model whose layers FSDP version 1 has wrapped, in a loop of one's own too: they would run dense.
+
+    Raises:
+        ValueError: names the engine and what to use in its place.
+    """
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        raise ValueError(f"SparseLoRA does not run in FSDP version 1. {_INSTEAD}")
 
 
 def check_engine(n_gpu: int) -> None:

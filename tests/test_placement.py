@@ -131,6 +131,22 @@ def test_a_model_that_fsdp2_gathers_as_a_whole_is_fitted_as_one_that_is_not_spli
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
+def test_fsdp_1_is_refused_in_a_loop_of_ones_own():
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    model = lora_model()
+    layers = ModuleWrapPolicy({type(model.get_base_model().model.layers[0])})
+    handle = sparsify(model, SPARSE)
+    try:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        FullyShardedDataParallel(model, auto_wrap_policy=layers, use_orig_params=True, device_id=torch.device("cpu"))
+        with pytest.raises(ValueError, match=r"FSDP version 1\. DDP, FSDP2 and ZeRO-2 are the ways"):
+            handle.begin_run(4)
+    finally:
+        dist.destroy_process_group()
+
+
 def test_zero_3_is_refused_before_its_weights_are_split(monkeypatch):
     monkeypatch.setattr(placement, "is_deepspeed_zero3_enabled", lambda: True)
     model = lora_model()
