@@ -126,6 +126,8 @@ class SparseLoraConfig:
             _check_positive("score_tokens", self.score_tokens)
         if type(self.seed) is not int:
             raise TypeError(f"seed: {self.seed!r} must be a whole number.")
+        if not 0 <= self.seed < 1 << 32:
+            raise ValueError(f"seed: {self.seed} is not between 0 and {(1 << 32) - 1}.")
         if not isinstance(self.dense_if_slower, bool):
             raise TypeError(f"dense_if_slower: {self.dense_if_slower!r} must be True or False.")
         if self.cache_dir is not None:

@@ -110,6 +110,12 @@ class SparseLoraHandle:
         self._check_forwards()
         self._has_waited = False
         self._schedule = Schedule.of(self.config, max_steps)
+        schedule = self._schedule
+        if self.config.is_sparse and max_steps and not schedule.is_ever_sparse(max_steps):
+            logger.warning(
+                f"SparseLoRA: no step of this run is sparse: sparsity would start behind step {schedule.start} and "
+                f"end with step {min(schedule.end, max_steps)}. Lower start_step, or train longer."
+            )
         self.state.meter.reset()
         if not step:
             self.state.calibration.reset()

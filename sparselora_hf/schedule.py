@@ -36,6 +36,10 @@ class Schedule:
         """Whether the step after ``step`` finished ones is sparse."""
         return self.start <= step < self.end
 
+    def is_ever_sparse(self, max_steps: int) -> bool:
+        """Whether any step of a run of ``max_steps`` is sparse."""
+        return self.start < min(self.end, max_steps)
+
 
 def _resolve(value: float | int, max_steps: int) -> int:
     return value if isinstance(value, int) else math.ceil(value * max_steps - 1e-9)

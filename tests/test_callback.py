@@ -213,6 +213,13 @@ def run_by_config(folder, callback, added=False, resume=None, **settings):
     return trainer, model
 
 
+@pytest.mark.parametrize(("start", "steps", "warned"), [(1, 1, True), (1, 2, False), (3, 3, True), (2, 0, False)])
+def test_run_that_ends_before_sparsity_starts_is_warned_of(start, steps, warned, caplog):
+    handle = sparsify(lora_model(), SPARSE.replace(start_step=start))
+    handle.begin_run(max_steps=steps)
+    assert ("no step of this run is sparse" in caplog.text) is warned
+
+
 @pytest.mark.parametrize("added", [False, True], ids=["given to the trainer", "added later"])
 def test_callback_with_a_configuration_sparsifies_the_model(tmp_path, added):
     config = SPARSE.replace(criterion="static", compensation="mean")

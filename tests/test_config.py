@@ -166,6 +166,8 @@ WRONG = {
     "exact": ({"exact": ("padding", "speed")}, ValueError, "exact: 'speed' is not one of"),
     "exact is neither": ({"exact": None}, TypeError, "exact: None must be True, False or names"),
     "dense if slower": ({"dense_if_slower": "no"}, TypeError, "dense_if_slower: 'no' must be True or False"),
+    "negative seed": ({"seed": -1}, ValueError, "seed: -1 is not between 0 and 4294967295"),
+    "large seed": ({"seed": 1 << 43}, ValueError, "seed: 8796093022208 is not between"),
     "seed": ({"seed": "x"}, TypeError, "seed: 'x' must be a whole number"),
     "cache": ({"cache_dir": 3}, TypeError, "cache_dir: 3 must be a path or None"),
     "endless": ({"end_step": float("inf")}, ValueError, "end_step: inf must be finite"),

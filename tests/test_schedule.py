@@ -55,3 +55,11 @@ def test_run_of_no_steps(start):
 def test_statistics_need_a_dense_step():
     config = SparseLoraConfig(mlp_sparsity=0.9, criterion="static", start_step=0)
     assert Schedule.of(config, 10).start == 1
+
+
+@pytest.mark.parametrize(
+    ("start", "steps", "want"), [(0.05, 100, True), (9, 10, True), (10, 10, False), (1.0, 10, False)]
+)
+def test_whether_any_step_of_a_run_is_sparse(start, steps, want):
+    schedule = Schedule.of(SparseLoraConfig(mlp_sparsity=0.9, start_step=start), steps)
+    assert schedule.is_ever_sparse(steps) is want is any(map(schedule.is_sparse, range(steps)))
