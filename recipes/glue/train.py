@@ -142,9 +142,8 @@ def make_trainer(args: GlueArguments, training: Any, model_args: Any, sparse: Sp
     model.config.pad_token_id = tokenizer.pad_token_id
     model_args.lora_task_type = "SEQ_CLS"
     model = get_peft_model(model, get_peft_config(model_args))
-    if (
-        training.bf16 or training.fp16
-    ):  # PEFT widens the adapters alone: in bfloat16 most steps would not move the head
+    if training.bf16 or training.fp16:
+        # PEFT widens the adapters alone: in bfloat16 most steps would not move the head
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
