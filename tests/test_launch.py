@@ -4,6 +4,7 @@ Kernels and binaries are made up: what they would run is not the question.
 """
 
 import importlib.metadata
+import inspect
 import sys
 from types import SimpleNamespace
 
@@ -15,11 +16,16 @@ from sparselora_hf.kernels.runtime import launch
 
 
 class Binary:
+    """As Triton has it: what is run takes the grid, a stream, the function, its metadata, hooks and arguments."""
+
+    function, packed_metadata = "function", (4, 1, 0)
+
     def __init__(self, kernel):
         self.kernel = kernel
 
-    def __getitem__(self, grid):
-        return lambda *args: self.kernel.launched.append((grid, args))
+    def run(self, x, y, z, stream, function, metadata, *rest):
+        assert (stream, function, metadata, *rest[:3]) == ("stream", "function", (4, 1, 0), None, None, None)
+        self.kernel.launched.append(((x, y, z), rest[3:]))
 
 
 class Kernel:
@@ -38,6 +44,7 @@ class Kernel:
 def kernel(monkeypatch):
     monkeypatch.setattr(runtime, "_compiled", {})
     monkeypatch.setattr(runtime, "_takes_constants", lambda: True)
+    monkeypatch.setattr(runtime, "_stream_of", lambda: lambda device: "stream")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # where CPU tensors are
     return Kernel()
 
@@ -132,3 +139,30 @@ def test_the_device_of_the_tensor_becomes_the_current_one(kernel, monkeypatch):
 def test_an_empty_grid_launches_nothing(kernel):
     launch(kernel, (0, 2), torch.zeros(4), torch.zeros(4), None, 0, 4, SCALED=False, BLOCK=16)
     assert not kernel.compiled
+
+
+def test_a_launcher_that_takes_other_arguments_is_left_to_triton(kernel, monkeypatch):
+    monkeypatch.setattr(runtime, "_stream_of", lambda: None)
+    monkeypatch.setattr(Binary, "run", None)
+    monkeypatch.setattr(
+        Binary,
+        "__getitem__",
+        lambda self, grid: lambda *args: self.kernel.launched.append((grid, args)),
+        raising=False,
+    )
+    run(kernel)
+    run(kernel)
+    assert kernel.launched[0][0] == (3, 1, 1)
+    assert kernel.launched[0][1][1:] == (None, 32, 64, True, 16)
+
+
+@pytest.mark.skipif(not runtime.has_triton() or not runtime._takes_constants(), reason="needs Triton 3.3")
+def test_the_triton_at_hand_runs_binaries_as_known(monkeypatch):
+    """What comes behind the function, Triton shows where it runs a binary itself."""
+    from triton.compiler import CompiledKernel
+    from triton.runtime import driver
+
+    monkeypatch.setattr(driver, "_active", SimpleNamespace(get_current_stream=max), raising=False)
+    assert runtime._stream_of.__wrapped__() is max
+    passed = "stream, self.function, self.packed_metadata, launch_metadata"
+    assert passed in inspect.getsource(CompiledKernel.__getitem__)

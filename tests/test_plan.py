@@ -3,6 +3,7 @@ import torch
 from helpers import flatten_batch, make_batch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparselora_hf.plan import IGNORE_INDEX, TokenPlan
 
@@ -180,3 +181,20 @@ def test_to_moves_every_tensor():
     tensors = [value for value in vars(plan).values() if isinstance(value, torch.Tensor)]
     assert len(tensors) == 7
     assert all(tensor.is_meta for tensor in tensors)
+
+
+def test_a_plan_wakes_no_other_core():
+    """PyTorch's bracket indexing splits a few thousand values among all cores, each of which then waits, spinning."""
+    seen = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.add(str(func))
+            return func(*args, **(kwargs or {}))
+
+    labels = torch.full((8, 512), -100)
+    labels[:, 300:] = 1
+    with Watch():
+        plan = TokenPlan.from_batch(labels, torch.ones_like(labels))
+    assert len(plan.context) == 8 * 299
+    assert not seen & {"aten.index.Tensor", "aten.take.default"}

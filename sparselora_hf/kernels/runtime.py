@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import inspect
 import logging
 import os
 from typing import Any
@@ -84,7 +85,8 @@ def numerics(dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-_compiled: dict[tuple, tuple[Any, tuple]] = {}  # by what a binary depends on: the binary, and its constants
+# by what a binary depends on: the binary, how its device's current stream is found, and its constants
+_compiled: dict[tuple, tuple[Any, Any, tuple]] = {}
 
 
 def launch(kernel: Any, grid: tuple[int, ...], tensor: torch.Tensor, *args: Any, **options: Any) -> None:
@@ -111,32 +113,46 @@ def _launch(kernel: Any, grid: tuple[int, ...], device: int | None, args: tuple,
     """Binaries that were made are launched directly: Triton's own way to find them takes several times as long.
 
     They are found by what Triton compiles a kernel anew for: types, alignment to 16 bytes, multiples of 16, 1, more
-    than 32 bits. They get addresses, for a tensor the driver would be asked whether it is on a GPU, each time.
+    than 32 bits. They get addresses, for a tensor the driver would be asked whether it is on a GPU, each time; and no
+    hooks, which Triton calls around every launch where there are none, too.
     """
     key, values = [id(kernel), device, *options.values()], []
     for arg in args:
-        if isinstance(arg, torch.Tensor):
-            address = arg.data_ptr()
-            key.append((arg.dtype, arg.device, address & 15 == 0))
-            values.append(address)
+        if type(arg) is int:
+            narrow = -2147483648 <= arg < 2147483648
+            key.append(1 if arg == 1 else (2 if narrow else 4) if arg & 15 == 0 else (0 if narrow else 3))
+        elif isinstance(arg, torch.Tensor):
+            key += (arg.dtype, arg.device)
+            arg = arg.data_ptr()
+            key.append(arg & 15 == 0)
         else:
-            key.append(_class_of(arg) if type(arg) is int else type(arg))
-            values.append(arg)
+            key.append(type(arg))
+        values.append(arg)
     key = tuple(key)
     found = _compiled.get(key)
     if found is None:
         binary = kernel[grid](*args, **options)
         if binary is not None and _takes_constants():
-            _compiled[key] = binary, tuple(options[name] for name in kernel.arg_names[len(args) :])
+            _compiled[key] = binary, _stream_of(), tuple(options[name] for name in kernel.arg_names[len(args) :])
         return
-    binary, constants = found
-    binary[grid + (1,) * (3 - len(grid))](*values, *constants)
+    binary, stream_of, constants = found
+    x, y, z = grid + (1,) * (3 - len(grid))
+    if stream_of is None:
+        binary[x, y, z](*values, *constants)
+        return
+    hooks = None, None, None  # what they are called with, at the start and at the end
+    binary.run(x, y, z, stream_of(device), binary.function, binary.packed_metadata, *hooks, *values, *constants)
 
 
-def _class_of(number: int) -> int:
-    if -(1 << 31) <= number < 1 << 31:
-        return 1 if number == 1 else 2 if number & 15 == 0 else 0
-    return 4 if number & 15 == 0 else 3
+@functools.cache
+def _stream_of() -> Any:
+    """What gives the handle of a device's current stream; None where Triton's launcher is not the one known here."""
+    from triton.backends.nvidia.driver import CudaLauncher
+    from triton.runtime import driver
+
+    first = list(inspect.signature(CudaLauncher.__call__).parameters)[1:6]
+    is_known = first == ["gridX", "gridY", "gridZ", "stream", "function"]
+    return driver.active.get_current_stream if is_known else None
 
 
 @functools.cache
