@@ -4,6 +4,9 @@ PyTorch's operators make a dozen passes over memory, half of them in float32. Ro
 sums and products are in float32. Backward computes ``1 / rms`` anew from ``x``.
 """
 
+import functools
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -84,48 +87,37 @@ def rms_norm_fwd(x: torch.Tensor, weight: torch.Tensor, offset: float, eps: floa
     Returns:
         ``[..., H]``, contiguous, in the type of ``x``.
     """
-    rows, tile = _rows(x), row_tile(x.shape[-1])
-    y = x.new_empty(x.shape)
-    launch(
-        rms_norm_fwd_kernel,
-        (cover(len(rows), tile.m),),
-        x,
-        rows,
-        weight,
-        y,
-        *rows.shape,
-        eps,
-        rows.stride(0),
-        OFFSET=offset,
-        EARLY=early,
-        **tile.options(),
-    )
+    (rows, tokens, stride), width = _rows(x), x.shape[-1]
+    height, options = _options(width)
+    y, sizes = x.new_empty(x.shape), (tokens, width, eps, stride)
+    grid = (cover(tokens, height),)
+    launch(rms_norm_fwd_kernel, grid, x, rows, weight, y, *sizes, OFFSET=offset, EARLY=early, **options)
     return y
 
 
 def rms_norm_bwd(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, offset: float, eps: float) -> torch.Tensor:
     """Backward of `rms_norm_fwd`: the gradient of ``x``, contiguous, in its type."""
-    grad_rows, rows, tile = _rows(grad), _rows(x), row_tile(x.shape[-1])
-    grad_x = x.new_empty(x.shape)
-    launch(
-        rms_norm_bwd_kernel,
-        (cover(len(rows), tile.m),),
-        x,
-        grad_rows,
-        rows,
-        weight,
-        grad_x,
-        *rows.shape,
-        eps,
-        grad_rows.stride(0),
-        rows.stride(0),
-        OFFSET=offset,
-        **tile.options(),
-    )
+    (grad_rows, _, stride_grad), (rows, tokens, stride), width = _rows(grad), _rows(x), x.shape[-1]
+    height, options = _options(width)
+    grad_x, sizes = x.new_empty(x.shape), (tokens, width, eps, stride_grad, stride)
+    grid = (cover(tokens, height),)
+    launch(rms_norm_bwd_kernel, grid, x, grad_rows, rows, weight, grad_x, *sizes, OFFSET=offset, **options)
     return grad_x
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """``[T, H]``, columns contiguous."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(1) == 1 else rows.contiguous()
+@functools.cache
+def _options(width: int) -> tuple[int, dict[str, Any]]:
+    """Rows of a block, and how it is launched."""
+    tile = row_tile(width)
+    return tile.m, tile.options()
+
+
+def _rows(x: torch.Tensor) -> tuple[torch.Tensor, int, int]:
+    """``[..., H]`` with columns contiguous, the number of rows, and the distance from one to the next."""
+    width = x.shape[-1]
+    if not x.is_contiguous():
+        x = x.reshape(-1, width)
+        if x.stride(1) == 1:
+            return x, x.shape[0], x.stride(0)
+        x = x.contiguous()
+    return x, x.numel() // width, width

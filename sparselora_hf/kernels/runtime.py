@@ -1,6 +1,7 @@
 """Whether Triton can run here, and how a kernel is launched. Importing this file needs no Triton."""
 
 import functools
+import importlib
 import importlib.util
 import inspect
 import logging
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from packaging import version
 
-__all__ = ["blocker", "has_triton", "interpreting", "is_exact", "launch", "numerics"]
+__all__ = ["blocker", "has_triton", "interpreting", "is_exact", "kernels_of", "launch", "numerics"]
 
 logger = logging.getLogger(__name__)
 
@@ -19,6 +20,12 @@ logger = logging.getLogger(__name__)
 def has_triton() -> bool:
     """Whether Triton can be imported."""
     return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def kernels_of(file: str) -> Any:
+    """A file of kernels, which takes Triton; an import statement would look for it anew at every call."""
+    return importlib.import_module(f".{file}", __package__)
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from .classes import Patched, has_own_forward, link_of
 
 __all__ = ["SparseLinear", "is_bare", "mixed_rows", "product_type"]
 
-_AUTOCAST = (torch.float32, torch.float16, torch.bfloat16)  # what autocast casts; it leaves float64 alone
+_AUTOCAST = {torch.float32, torch.float16, torch.bfloat16}  # what autocast casts; it leaves float64 alone
 
 
 class SparseLinear(Patched):
@@ -48,7 +48,7 @@ class SparseLinear(Patched):
 def _rows(module: SparseLinear, x: torch.Tensor) -> Rows | None:
     link = link_of(module)
     if link.role == "o" and link.state.config.compensation == "low_rank":
-        link.observe("o", x.detach().reshape(-1, x.shape[-1]), module.training)
+        link.observe("o", x, module.training)
     return link.rows(x, module.training)
 
 
@@ -81,11 +81,10 @@ def mixed_rows(module: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> MixedR
 
 def product_type(*tensors: torch.Tensor) -> torch.dtype | None:
     """Type in which a linear multiplies these: autocast's, or the one that all have; None where they differ."""
-    first = tensors[0]
-    kind, dtype = first.device.type, first.dtype
-    if torch.is_autocast_enabled(kind) and all(tensor.dtype in _AUTOCAST for tensor in tensors):
+    types, kind = {tensor.dtype for tensor in tensors}, tensors[0].device.type
+    if torch.is_autocast_enabled(kind) and types <= _AUTOCAST:
         return torch.get_autocast_dtype(kind)
-    return dtype if all(tensor.dtype == dtype for tensor in tensors) else None
+    return types.pop() if len(types) == 1 else None
 
 
 def is_bare(linear: nn.Module, dtype: torch.dtype | None) -> bool:
@@ -96,4 +95,8 @@ def is_bare(linear: nn.Module, dtype: torch.dtype | None) -> bool:
     if seen or has_own_forward(linear):
         return False
     own = linear._parameters  # not by `nn.Module.__getattr__`, which costs more than all else here
-    return all(t is None or (t.dtype == dtype and not t.requires_grad) for t in (own["weight"], own["bias"]))
+    return _is_frozen(own["weight"], dtype) and _is_frozen(own["bias"], dtype)
+
+
+def _is_frozen(parameter: torch.Tensor | None, dtype: torch.dtype | None) -> bool:
+    return parameter is None or (parameter.dtype is dtype and not parameter.requires_grad)

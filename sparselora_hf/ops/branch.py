@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
+
+from .once import once_differentiable
 
 __all__ = ["Branch", "add_branch", "branch_backward", "cast", "fork_branch"]
 
@@ -106,14 +107,17 @@ def cast(
     Returns:
         The tensors; those of their type already, and None, as they are.
     """
-    casts = list(places)
-    for tensor, dtype in zip(tensors[len(places) :], dtypes[len(places) :], strict=True):
-        same = tensor is None or tensor.dtype is dtype
-        casts.append(tensor if same else torch.empty_like(tensor, dtype=dtype))
-    pairs = [(new, old) for new, old in zip(casts, tensors, strict=True) if new is not old]
-    for dtype in dict.fromkeys(new.dtype for new, _ in pairs):  # some versions write as if all were of the first's
-        alike = [pair for pair in pairs if pair[0].dtype is dtype]
-        torch._foreach_copy_([new for new, _ in alike], [old for _, old in alike])
+    casts, by_type = list(places), {}  # some versions write as if all were of the first's type
+    for number, (tensor, dtype) in enumerate(zip(tensors, dtypes, strict=True)):
+        if number >= len(places):
+            same = tensor is None or tensor.dtype is dtype
+            casts.append(tensor if same else torch.empty_like(tensor, dtype=dtype))
+        if casts[number] is not tensor:
+            new, old = by_type.setdefault(dtype, ([], []))
+            new.append(casts[number])
+            old.append(tensor)
+    for new, old in by_type.values():
+        torch._foreach_copy_(new, old)
     return casts
 
 

@@ -9,11 +9,12 @@ import dataclasses
 from collections.abc import Callable
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ..kernels.choice import Choice, choose
+from ..kernels.runtime import kernels_of
 from ..kernels.tiles import tile_for
 from .linear import compute_dtype
+from .once import once_differentiable
 from .quant import FrozenWeight, read_columns, read_rows
 from .rows import blank
 from .slices import column_slice, row_slice
@@ -98,8 +99,6 @@ def _product(x, rows, weight, index, bias, width, covered, way, over_outputs, tr
 
 def _product_by_triton(x, rows, weight, index, bias, width, covered, way, over_outputs, transposed):
     """The same in place: at most one launch for a slice and one for the product."""
-    from ..kernels.product import gathered_product
-
     x = x if x.stride(1) == 1 else x.contiguous()
     if over_outputs:  # dropped channels of context rows get no product, but their bias
         y = x.new_zeros(len(x), width)
@@ -114,7 +113,8 @@ def _product_by_triton(x, rows, weight, index, bias, width, covered, way, over_o
         transposed = over_outputs  # kept channels are the rows of a slice
     tile = tile_for("scatter_product" if over_outputs else "gather_product", x, way.tile)
     options = {"transposed": transposed, "over_outputs": over_outputs, "rows": rows, "bias": bias}
-    return gathered_product(x, weight, index, y, tile, index_weight=in_place, index_tokens=True, **options)
+    product = kernels_of("product").gathered_product
+    return product(x, weight, index, y, tile, index_weight=in_place, index_tokens=True, **options)
 
 
 def context_linear(

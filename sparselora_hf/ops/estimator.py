@@ -3,6 +3,7 @@
 import torch
 
 from ..kernels.choice import Choice, choose
+from ..kernels.runtime import kernels_of
 from ..kernels.tiles import tile_for
 
 __all__ = ["channel_norms", "gated_norms"]
@@ -26,8 +27,7 @@ def channel_norms(
     """
     way = choose("estimator", x, x.shape[1], len(down), kernels)
     if way and _fits(len(down)):
-        from ..kernels.estimator import channel_norms as fused
-
+        fused = kernels_of("estimator").channel_norms
         return fused(_rows_contiguous(x), down, up, tile_for("project", down, way.tile), tile_for("norms", down))
     z, up = (x.to(down.dtype) @ down.t()).float(), up.float()
     with torch.autocast(x.device.type, enabled=False):  # sums over all tokens do not fit float16
@@ -64,16 +64,13 @@ def gated_norms(
     one_bias = (biases[0] is None) != (biases[1] is None)
     if not way or kind is None or one_bias or not _fits(rank):
         return None
-    from ..kernels.estimator import gated_norms as fused
-
+    fused = kernels_of("estimator").gated_norms
     tiles = tile_for("project", down, way.tile), tile_for("norms", down)
     return fused(_rows_contiguous(x), down, gate, up, kind, *tiles, *biases, rows)
 
 
 def _fits(rank: int) -> bool:
-    from ..kernels.estimator import MAX_RANK
-
-    return rank <= MAX_RANK
+    return rank <= kernels_of("estimator").MAX_RANK
 
 
 def _rows_contiguous(x: torch.Tensor) -> torch.Tensor:

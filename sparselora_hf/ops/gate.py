@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ..kernels.choice import Choice, choose
+from ..kernels.runtime import kernels_of
 from ..kernels.tiles import tile_for
+from .once import once_differentiable
 
 __all__ = ["activate", "activate_backward", "gated_activation"]
 
@@ -49,9 +50,8 @@ def activate(products: Sequence[torch.Tensor], kind: str, kernels: str | Choice)
     gate, up = _gate_and_up([_rows(product) for product in products])
     way = choose("activation", gate, gate.shape[1], gate.shape[1], kernels)
     if way:
-        from ..kernels.mlp import mlp_activation_fwd
-
-        hidden = mlp_activation_fwd(gate, up, gate.shape[1], kind, tile_for("activation", gate, way.tile))
+        tile = tile_for("activation", gate, way.tile)
+        hidden = kernels_of("mlp").mlp_activation_fwd(gate, up, gate.shape[1], kind, tile)
     else:
         hidden = gate.new_empty(gate.shape)
         _FUNCTIONS[kind][0](gate, out=hidden)
@@ -68,9 +68,8 @@ def activate_backward(
     grads = [product.new_empty(product.shape) for product in inputs]
     (gate, up), (grad_gate, grad_up) = _gate_and_up(inputs), _gate_and_up(grads)
     if way:
-        from ..kernels.mlp import mlp_activation_bwd
-
-        mlp_activation_bwd(grad, gate, up, grad_gate, grad_up, kind, tile_for("activation", gate, way.tile))
+        tile = tile_for("activation", gate, way.tile)
+        kernels_of("mlp").mlp_activation_bwd(grad, gate, up, grad_gate, grad_up, kind, tile)
     else:
         function, derive = _FUNCTIONS[kind]
         function(gate, out=grad_up)

@@ -6,8 +6,8 @@ activation, so they stay on the context: recomputation under checkpointing ends 
 """
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from .once import once_differentiable
 from .quant import FrozenWeight, QuantisedWeight, read_columns, read_rows
 
 __all__ = ["compute_dtype", "gathered_columns", "gathered_rows"]

@@ -9,12 +9,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..kernels.choice import choose
 from .gate import activate, activate_backward
 from .mlp import KeptChannels, MlpWeights, Slices, StandIn
+from .once import once_differentiable
 
 __all__ = ["FrozenMlp", "mixed_mlp"]
 

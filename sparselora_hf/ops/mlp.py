@@ -12,12 +12,13 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ..kernels.choice import Choice, choose
+from ..kernels.runtime import kernels_of
 from ..kernels.tiles import tile_for
 from .activations import activation_kind
 from .linear import compute_dtype
+from .once import once_differentiable
 from .quant import FrozenWeight, QuantisedRows, QuantisedWeight
 from .slices import column_slice, is_plain, row_slice
 
@@ -190,11 +191,9 @@ class KeptChannels(NamedTuple):
         """``[T, H]`` to the products ``[T, M K]`` that `enter_backward` needs, and activations ``[T, K + r]``."""
         weights, index, stand_in = self.weights, self.index, self.stand_in
         if self.way.way == "triton" and _can_fuse(x, weights, stand_in):
-            from ..kernels.mlp import mlp_in_fwd
-
             x = x if x.stride(1) == 1 else x.contiguous()
             tile, biases = tile_for("mlp_in", x, self.way.tile), (weights.gate_bias, weights.up_bias)
-            return mlp_in_fwd(x, weights.gate, weights.up, index, weights.kind, tile, *biases)
+            return kernels_of("mlp").mlp_in_fwd(x, weights.gate, weights.up, index, weights.kind, tile, *biases)
         inward = weights.inward * index.shape[0]
         wide = _affine(x, self._gather("gather_in", x.dtype).t(), self._gather("bias_in", x.dtype))  # [T, M K + r]
         hidden = self._activate(wide)
@@ -208,10 +207,9 @@ class KeptChannels(NamedTuple):
             channels = self._gather("stood_in", wide.dtype)
             given_up = torch.addmm(self._gather("means", wide.dtype), wide[:, inward:], channels)
         if self.way and weights.kind:
-            from ..kernels.mlp import mlp_activation_fwd
-
             gate, up = weights.gate_and_up(wide, keep)
-            return mlp_activation_fwd(gate, up, keep, weights.kind, tile_for("activation", wide), given_up)
+            tile = tile_for("activation", wide)
+            return kernels_of("mlp").mlp_activation_fwd(gate, up, keep, weights.kind, tile, given_up)
         hidden = weights.channels(wide, keep)  # [T, K]
         if given_up is not None:
             hidden -= given_up
@@ -227,12 +225,10 @@ class KeptChannels(NamedTuple):
         if stand_in is not None and stand_in.channels is not None:
             lost = grad[:, :keep] @ self._gather("stood_in", grad.dtype).t()
         if self.way and weights.kind:
-            from ..kernels.mlp import mlp_activation_bwd
-
             grad_wide = grad.new_empty(grad.shape[0], grad.shape[1] + wide.shape[1] - keep)
             (gate, up), (grad_gate, grad_up) = weights.gate_and_up(wide, keep), weights.gate_and_up(grad_wide, keep)
-            tile = tile_for("activation", wide)
-            mlp_activation_bwd(grad.contiguous(), gate, up, grad_gate, grad_up, weights.kind, tile, lost)
+            options = weights.kind, tile_for("activation", wide), lost
+            kernels_of("mlp").mlp_activation_bwd(grad.contiguous(), gate, up, grad_gate, grad_up, *options)
             return grad_wide
         with torch.enable_grad():
             leaf = wide.detach().requires_grad_()

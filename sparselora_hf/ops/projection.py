@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .branch import Branch, branch_backward, cast
 from .context import ContextPart, context_backward, context_forward
+from .once import once_differentiable
 
 __all__ = ["Frozen", "MixedRows", "projection", "projections"]
 

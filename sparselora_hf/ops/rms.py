@@ -7,10 +7,11 @@ is the input in its own type, without the copy in float32 that a norm of half-pr
 from collections.abc import Callable
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ..kernels.choice import Choice, choose
+from ..kernels.runtime import kernels_of
 from ..kernels.tiles import MAX_WIDTH
+from .once import once_differentiable
 
 __all__ = ["lean_rms_norm"]
 
@@ -21,9 +22,7 @@ class _LeanRmsNorm(torch.autograd.Function):
         ctx.save_for_backward(x)
         ctx.kept = weight, offset, eps, way
         if way and early is not None:
-            from ..kernels.rms import rms_norm_fwd
-
-            return rms_norm_fwd(x, weight, offset, eps, early)
+            return kernels_of("rms").rms_norm_fwd(x, weight, offset, eps, early)
         return norm(x)
 
     @staticmethod
@@ -38,9 +37,7 @@ def _backward(
     grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, offset: float, eps: float, way: Choice
 ) -> torch.Tensor:
     if way:
-        from ..kernels.rms import rms_norm_bwd
-
-        return rms_norm_bwd(grad, x, weight, offset, eps)
+        return kernels_of("rms").rms_norm_bwd(grad, x, weight, offset, eps)
     precise = torch.promote_types(x.dtype, torch.float32)
     gain = weight.to(precise) + offset if offset else weight.to(precise)
     scaled, wide = grad.to(precise) * gain, x.to(precise)

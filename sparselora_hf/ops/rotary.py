@@ -5,9 +5,10 @@ for bit: ``x · cos`` and ``rotate_half(x) · sin`` are rounded before they are 
 """
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ..kernels.choice import Choice, choose
+from ..kernels.runtime import kernels_of
+from .once import once_differentiable
 
 __all__ = ["lean_rotary", "turns"]
 
@@ -37,9 +38,7 @@ def _turned(
     backward: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if way:
-        from ..kernels.rotary import rotary
-
-        return rotary(_along(q), _along(k), cos, sin, dtype, backward)
+        return kernels_of("rotary").rotary(_along(q), _along(k), cos, sin, dtype, backward)
     cos, first, second = cos.unsqueeze(1), *sin.unsqueeze(1).chunk(2, -1)  # [B or 1, 1, T, D], halves of it
     if backward:
         first, second = -second, -first  # what a half gave to the other comes back times the same sine

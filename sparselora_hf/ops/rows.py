@@ -6,7 +6,8 @@ an index saved behind the last product would make it run that product again for 
 """
 
 import torch
-from torch.autograd.function import once_differentiable
+
+from .once import once_differentiable
 
 __all__ = ["blank", "fork_rows", "join_rows", "overlay_rows", "scatter_channels", "select_channels", "split_rows"]
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from ..kernels.choice import Choice
+from ..kernels.runtime import kernels_of
 from ..kernels.tiles import tile_for
 from .quant import FrozenWeight, Weight4bit, read_columns, read_rows
 
@@ -20,9 +21,7 @@ def row_slice(
 ) -> torch.Tensor:
     """Rows ``index`` of one or two weights ``[out, in]``, and a tail ``[r, in]``: ``[M K + r, in]``."""
     if way and all(is_plain(w, dtype) and w.stride() == weights[0].stride() for w in weights):
-        from ..kernels.slices import gather_rows
-
-        return gather_rows(tuple(weights), index, tile_for("slices", weights[0]), tail)
+        return kernels_of("slices").gather_rows(tuple(weights), index, tile_for("slices", weights[0]), tail)
     rows = [_4bit(w, index, dtype) if way and _is_4bit(w) else read_rows(w, index, dtype) for w in weights]
     rows = rows if tail is None else [*rows, tail]
     return rows[0] if len(rows) == 1 else torch.cat(rows)
@@ -33,9 +32,7 @@ def column_slice(
 ) -> torch.Tensor:
     """Columns ``index`` of a weight ``[out, in]`` as rows, and a tail ``[r, out]`` under them: ``[K + r, out]``."""
     if way and is_plain(weight, dtype):
-        from ..kernels.slices import gather_columns
-
-        return gather_columns(weight, index, tile_for("slices", weight), tail)
+        return kernels_of("slices").gather_columns(weight, index, tile_for("slices", weight), tail)
     if way and _is_4bit(weight):
         kept = _4bit(weight, index, dtype, columns=True)
     else:
