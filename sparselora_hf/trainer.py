@@ -4,7 +4,6 @@ import inspect
 import os
 import re
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +186,7 @@ class SparseLoraTrainer(SFTTrainer):
             plan = _plan_of(inputs, self.sparse_config.token_rule)
         if plan is None or not self._has_own("_prepare_inputs"):  # or be about to: then each forward makes its plan
             try:
-                return self._step(model, inputs, *args, **kwargs)
+                return super().training_step(model, inputs, *args, **kwargs)
             finally:
                 state.end()
         loss_only = self._uses_loss_positions_only()
@@ -196,25 +195,10 @@ class SparseLoraTrainer(SFTTrainer):
         if not loss_only and "input_ids" in inputs:  # a loss of one's own may run the model on others, too
             state.pinned_to = Pin(batch, inputs)
         try:
-            return self._step(model, inputs, *args, **kwargs)
+            return super().training_step(model, inputs, *args, **kwargs)
         finally:
             state.pinned, state.pinned_to = False, None
             state.end()
-
-    def _step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """`SFTTrainer`'s, on one GPU with the backward pass in the thread of the forward pass.
-
-        Sparse steps mostly wait for the host. The thread that PyTorch keeps for each GPU runs on another core, which
-        was asleep and has none of the step's code and data in its caches.
-        """
-        with torch.autograd.set_multithreading_enabled(False) if self._is_alone() else nullcontext():
-            return super().training_step(model, inputs, *args, **kwargs)
-
-    def _is_alone(self) -> bool:
-        """Whether one process trains on one GPU."""
-        devices = set((getattr(self.model, "hf_device_map", None) or {"": 0}).values())
-        one_gpu = self.args.device.type == "cuda" and self.args.n_gpu == 1 and len(devices) == 1
-        return one_gpu and self.args.world_size == 1
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch=None

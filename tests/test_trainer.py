@@ -1,6 +1,5 @@
 import functools
 import inspect
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -569,35 +568,3 @@ def test_settings_of_another_kind_are_refused_by_name(tmp_path, settings):
         with pytest.raises(TypeError, match="must be a SparseLoraConfig, got"):
             make()
     assert_untouched(model, before)
-
-
-@pytest.mark.parametrize("alone", [True, False])
-def test_backward_runs_in_the_thread_of_forward_where_one_process_has_one_gpu(tmp_path, monkeypatch, alone):
-    """On a CPU it does so anyway: asked is what the engine is told, during a step and behind it."""
-    told = []
-    compute_loss = SFTTrainer.compute_loss
-
-    def loss(self, *args, **kwargs):
-        told.append(torch.autograd.is_multithreading_enabled())
-        return compute_loss(self, *args, **kwargs)
-
-    monkeypatch.setattr(SFTTrainer, "compute_loss", loss)
-    monkeypatch.setattr(SparseLoraTrainer, "_is_alone", lambda self: alone)
-    trained(tmp_path, SparseLoraConfig(), max_steps=2)
-    assert set(told) == {not alone}
-    assert torch.autograd.is_multithreading_enabled()
-
-
-def test_what_counts_as_one_process_on_one_gpu(tmp_path):
-    model = SimpleNamespace(hf_device_map={"model": 0, "lm_head": 0})
-    for device, gpus, world, devices, alone in [
-        ("cuda", 1, 1, (0, 0), True),
-        ("cuda", 1, 1, (0, 1), False),
-        ("cuda", 1, 2, (0, 0), False),
-        ("cuda", 2, 1, (0, 0), False),
-        ("cpu", 1, 1, (0, 0), False),
-    ]:
-        args = SimpleNamespace(device=torch.device(device), n_gpu=gpus, world_size=world)
-        model.hf_device_map = dict(zip(model.hf_device_map, devices, strict=True))
-        assert SparseLoraTrainer._is_alone(SimpleNamespace(args=args, model=model)) is alone
-    assert not make_trainer(tmp_path, SparseLoraConfig())._is_alone()
