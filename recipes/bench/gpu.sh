@@ -93,8 +93,9 @@ bench attach 60 attach --csv "$out/attach-$device.csv" $attach
 # a small model
 protocol wizard 2
 bench step-1b 40 step $two $small $turns --csv "$out/step-$device.csv" "${shape[@]}"
-# against SFTTrainer with fused layer kernels
+# against SFTTrainer with fused layer kernels; also where the device has more to do
 protocol math 8
 [ -n "$liger" ] &&
-  bench step-liger 90 step --variants $liger $large $turns --csv "$out/step-liger-$device.csv" "${shape[@]}"
+  bench step-liger 100 step --variants $liger $large $turns --csv "$out/step-liger-$device.csv" "${shape[@]}" \
+    --then --batch 16
 echo "== done in $SECONDS s; results in $out"
