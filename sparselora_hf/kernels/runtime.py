@@ -92,8 +92,7 @@ def numerics(dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-# by what a binary depends on: the binary, how its device's current stream is found, and its constants
-_compiled: dict[tuple, tuple[Any, Any, tuple]] = {}
+_compiled: dict[tuple, tuple[Any, tuple]] = {}  # by what a binary depends on: the binary, and its constants
 
 
 def launch(kernel: Any, grid: tuple[int, ...], tensor: torch.Tensor, *args: Any, **options: Any) -> None:
@@ -126,8 +125,7 @@ def _launch(kernel: Any, grid: tuple[int, ...], device: int | None, args: tuple,
     key, values = [id(kernel), device, *options.values()], []
     for arg in args:
         if type(arg) is int:
-            narrow = -2147483648 <= arg < 2147483648
-            key.append(1 if arg == 1 else (2 if narrow else 4) if arg & 15 == 0 else (0 if narrow else 3))
+            key.append(arg == 1 or (arg & 15 == 0, -2147483648 <= arg < 2147483648))
         elif isinstance(arg, torch.Tensor):
             key += (arg.dtype, arg.device)
             arg = arg.data_ptr()
@@ -140,9 +138,9 @@ def _launch(kernel: Any, grid: tuple[int, ...], device: int | None, args: tuple,
     if found is None:
         binary = kernel[grid](*args, **options)
         if binary is not None and _takes_constants():
-            _compiled[key] = binary, _stream_of(), tuple(options[name] for name in kernel.arg_names[len(args) :])
+            _compiled[key] = binary, tuple(options[name] for name in kernel.arg_names[len(args) :])
         return
-    binary, stream_of, constants = found
+    (binary, constants), stream_of = found, _stream_of()
     x, y, z = grid + (1,) * (3 - len(grid))
     if stream_of is None:
         binary[x, y, z](*values, *constants)

@@ -50,9 +50,7 @@ def _is_4bit(weight: FrozenWeight) -> bool:
 
 
 def _4bit(weight: Weight4bit, index: torch.Tensor, dtype: torch.dtype, *, columns: bool = False) -> torch.Tensor:
-    from ..kernels.nf4 import nf4_gather
-
     state, packed = weight.state, weight.packed
+    gather, tile = kernels_of("nf4").nf4_gather, tile_for("slices", packed)
     options = {"columns": columns, "block": state.blocksize}
-    tile = tile_for("slices", packed)
-    return nf4_gather(packed, weight.scales(), state.code, tuple(weight.shape), index, dtype, tile, **options)
+    return gather(packed, weight.scales(), state.code, tuple(weight.shape), index, dtype, tile, **options)
