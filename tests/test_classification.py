@@ -12,23 +12,44 @@ from helpers import (
     differs,
     fill_adapters,
     gradients,
+    lora_model,
     loss_and_gradients,
     make_batch,
+    randomise,
     sparse_result,
 )
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForSequenceClassification, Trainer, TrainingArguments
+from torch import nn
+from transformers import LlamaConfig, LlamaForSequenceClassification, LlamaModel, Trainer, TrainingArguments
+from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
 from sparselora_hf import SparseLoraCallback, SparseLoraConfig, sparsify
 from sparselora_hf.plan import TokenPlan
 
 
-def classifier(**options):
+class _OfMeans(LlamaPreTrainedModel):
+    """A classifier of one's own: it reads the mean state of all tokens."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = LlamaModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
+        states = self.model(input_ids, attention_mask=attention_mask, **kwargs).last_hidden_state
+        weights = attention_mask[..., None] / attention_mask.sum(1)[:, None, None]
+        logits = self.score((states * weights).sum(1))
+        return SequenceClassifierOutput(nn.functional.cross_entropy(logits, labels), logits)
+
+
+def classifier(kind=LlamaForSequenceClassification, **options):
     """A tiny classifier with live adapters."""
     torch.manual_seed(0)
     widths = {"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
     heads = {"num_attention_heads": 8, "num_key_value_heads": 4}
-    model = LlamaForSequenceClassification(LlamaConfig(**widths, **heads, **({"pad_token_id": 0} | options)))
+    model = kind(LlamaConfig(**widths, **heads, **({"pad_token_id": 0} | options)))
     model = get_peft_model(model, LoraConfig(r=4, task_type="SEQ_CLS", target_modules=list(ATTENTION)))
     fill_adapters(model)
     return model.train()
@@ -125,6 +146,40 @@ def test_inputs_given_by_place_are_planned_as_by_name():
         handle.set_enabled(True)
         by_name, by_place = model(**batch).loss, _by_place(model, batch)
     assert torch.equal(by_place, by_name)
+
+
+def test_as_many_classes_as_tokens():
+    """Labels of the tokens' own shape belong to sequences all the same."""
+    batch = class_batch()
+    batch["labels"] = (batch["input_ids"] % 2).float()
+    model = classifier(num_labels=batch["labels"].shape[1], problem_type="multi_label_classification")
+    with sparsify(model, SPARSE) as handle:
+        handle.set_enabled(True)
+        model(**batch)
+        assert len(handle.state.batch.plan.output) == 3
+
+
+def _of_means():
+    return classifier(_OfMeans, num_labels=3), class_batch()
+
+
+def _of_last_labels():
+    """Labels for the logits that are asked for, and no others."""
+    batch = make_batch(side="left")
+    return lora_model(), batch | {"labels": batch["labels"][:, -6:], "logits_to_keep": 6}
+
+
+def _of_flat_labels():
+    batch = make_batch()
+    return lora_model(), batch | {"labels": batch["labels"].flatten()}
+
+
+@pytest.mark.parametrize("made", [_of_means, _of_last_labels, _of_flat_labels])
+def test_labels_that_tell_nothing_of_tokens(made):
+    """No token is known to be the pooled one: nothing is sparse, nothing is left out."""
+    model, batch = made()
+    randomise(model)
+    assert_same(sparse_result(model, batch, SPARSE), loss_and_gradients(model, batch))
 
 
 def test_plain_trainer_with_the_callback(tmp_path):

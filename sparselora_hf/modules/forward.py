@@ -4,6 +4,7 @@ import inspect
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..plan import TokenPlan
@@ -13,15 +14,16 @@ __all__ = ["ForwardHook"]
 
 logger = logging.get_logger(__name__)
 
-_UNKNOWN = "SparseLoRA: forward without labels runs dense, its context tokens are not known."
+_UNKNOWN = "SparseLoRA: forward without a label for each token runs dense, its context tokens are not known."
 
 
 class ForwardHook:
     """Pair of hooks around the model's forward.
 
     A training forward with `labels` starts a batch, unless the trainer began one already for its tokens. The labels
-    are those of tokens, or of whole sequences where the model classifies from the state of one token. A forward
-    without gradients is dense, whatever the mode; the batch under way comes back after it, for recomputation.
+    are those of tokens, or of whole sequences where a classifier of transformers reads the state of one token. With
+    any others a forward is dense. So is one without gradients, whatever the mode; the batch under way comes back after
+    it, for recomputation.
 
     A loss of one's own may call the decoder by itself. It is dense then, but for the tokens of a trainer's batch.
     """
@@ -96,13 +98,12 @@ class ForwardHook:
         return is_own
 
     def _begin(self, module: nn.Module, kwargs: dict) -> None:
-        labels, ids = kwargs.get("labels"), kwargs.get("input_ids")
-        per_token = labels is not None and _is_per_token(labels, kwargs)
-        if labels is None or not (per_token or ids is not None):
+        labels, ids, pools = kwargs.get("labels"), kwargs.get("input_ids"), _pools(module)
+        if labels is None or not (ids is not None if pools else _is_per_token(labels, kwargs)):
             self.state.end()
             logger.warning_once(_UNKNOWN)
             return
-        if per_token:
+        if not pools:
             plan = TokenPlan.of_inputs(kwargs, self.state.config.token_rule)
             routers, embeds = _balances_experts(module, kwargs), kwargs.get("inputs_embeds")
             leaf_inputs = embeds is not None and embeds.requires_grad
@@ -127,8 +128,15 @@ def _is_asked(model: nn.Module, kwargs: dict, name: str) -> bool:
     return bool(getattr(model.config, name) if asked is None else asked)
 
 
+def _pools(model: nn.Module) -> bool:
+    """Whether a model reads one known token of each sequence, as transformers' classifiers do; others may read any."""
+    forward = type(model if isinstance(model, PreTrainedModel) else model.model).forward  # inside PEFT's tuner
+    own = forward.__qualname__.endswith("ForSequenceClassification.forward")
+    return own and forward.__module__.startswith("transformers.")
+
+
 def _is_per_token(labels: torch.Tensor, kwargs: dict) -> bool:
-    """Whether labels belong to tokens; those of a sequence classification model belong to whole sequences."""
+    """Whether there is a label for each token."""
     ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
     tokens = ids if ids is not None else embeds
     return labels.dim() == 2 if tokens is None else labels.shape == tokens.shape[:2]
