@@ -19,7 +19,7 @@ from torch._dynamo.utils import counters
 from training import assert_same_run, examples, make_trainer, metrics, trained
 from transformers import TrainerCallback
 
-from sparselora_hf import SparseLoraConfig
+from sparselora_hf import SparseLoraConfig, sparsify
 
 SPARSE = SPARSE.replace(start_step=1)
 
@@ -170,6 +170,30 @@ def test_best_model_at_the_end(tmp_path):
     assert first != pytest.approx(last, rel=1e-3)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(first, rel=1e-6)
     assert not trainer.sparse_handle.enabled
+
+
+# hooks
+
+
+def calls_of_hooks(model, kind):
+    """How often a hook on each module, alone on its model, is called in a step."""
+    counts, calls = {}, []
+    for name, module in model.named_modules():
+        hook = getattr(module, kind)(lambda *_: calls.append(1))
+        loss_and_gradients(model, make_batch())
+        hook.remove()
+        counts[name] = len(calls)
+        calls.clear()
+    return counts
+
+
+@pytest.mark.parametrize("kind", ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"])
+@pytest.mark.filterwarnings("ignore:.*backward hook:UserWarning")
+def test_exact_savings_call_all_hooks(kind):
+    model = lora_model(layers=1)
+    want = calls_of_hooks(model, f"register_{kind}")
+    with sparsify(model, SparseLoraConfig()):
+        assert calls_of_hooks(model, f"register_{kind}") == want
 
 
 # other kernels

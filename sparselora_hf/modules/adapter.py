@@ -2,7 +2,8 @@
 
 Queries, keys and values are computed together where they read the same: the first that is called computes for all.
 PEFT's own forward runs wherever anything is out of the ordinary: another kind of layer or adapter, several of them,
-dropout, a bias, mixed types without autocast, arguments, hooks that see the base linear's result.
+dropout, a bias, mixed types without autocast, arguments, hooks on a part of the adapter or that see the base linear's
+result.
 """
 
 from collections.abc import Iterable, Mapping
@@ -134,14 +135,19 @@ def _plain_branch(layer: nn.Module) -> Branch | None:
     a, b = inward[name], parts["lora_B"]._modules[name]
     if not (_is_plain(a) and _is_plain(b)) or parts["base_layer"]._forward_hooks:
         return None
-    if not isinstance(parts["lora_dropout"]._modules[name], nn.Identity):
+    dropout = parts["lora_dropout"]._modules[name]
+    if not isinstance(dropout, nn.Identity) or _has_hooks(dropout):
         return None
     return Branch(a._parameters["weight"], b._parameters["weight"], layer.scaling[name])
 
 
 def _is_plain(linear: nn.Module) -> bool:
     """Whether a linear is a product with its weight and nothing else."""
-    return type(linear) is nn.Linear and linear._parameters["bias"] is None and not linear._forward_hooks
+    return type(linear) is nn.Linear and linear._parameters["bias"] is None and not _has_hooks(linear)
+
+
+def _has_hooks(part: nn.Module) -> bool:
+    return bool(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks)
 
 
 def lean_adapters(attentions: Iterable[Mapping[str, nn.Module]]) -> Patches:

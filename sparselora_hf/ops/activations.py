@@ -23,9 +23,16 @@ _APPROXIMATE = {"none": "gelu", "tanh": "gelu_tanh"}
 
 
 def activation_kind(activation: Callable[[torch.Tensor], torch.Tensor]) -> str | None:
-    """``silu``, ``gelu``, ``gelu_tanh``, ``relu``, or None for any other function."""
+    """``silu``, ``gelu``, ``gelu_tanh``, ``relu``, or None for any other function, and for a module with hooks."""
+    if not isinstance(activation, nn.Module):
+        return _FUNCTIONS.get(activation)
+    if _has_hooks(activation):
+        return None
     if type(activation) is nn.GELU:
         return _APPROXIMATE[activation.approximate]
-    if isinstance(activation, nn.Module):
-        return _CLASSES.get(type(activation).__name__)
-    return _FUNCTIONS.get(activation)
+    return _CLASSES.get(type(activation).__name__)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    before, after = module._forward_pre_hooks, module._forward_hooks
+    return bool(before or after or module._backward_pre_hooks or module._backward_hooks)
