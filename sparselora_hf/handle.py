@@ -137,6 +137,7 @@ class SparseLoraHandle:
             raise RuntimeError(
                 "begin_step needs the length of the run: call begin_run(max_steps=...) before the loop."
             )
+        self.state.set_aside.clear()  # what a forward left that was interrupted, for which PyTorch calls no hook
         self.state.step = step * accumulation
         wanted = self.is_attached and self.config.is_sparse and self._schedule.is_sparse(step)
         enabled = wanted and self._can_be_sparse()

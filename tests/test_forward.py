@@ -316,6 +316,27 @@ def test_error_inside_the_forward_leaves_a_usable_model(batch, place):
     assert_same(loss_and_gradients(model, batch), dense, 1e-7)
 
 
+def test_interrupted_forward_is_forgotten_by_the_next_step(batch):
+    """Ctrl-C is no `Exception`: PyTorch calls no hook behind it. The next decoder call is no part of that forward."""
+    model = lora_model()
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    def loss():
+        return model.get_base_model().model(batch["input_ids"][:1, :7]).last_hidden_state.square().mean()
+
+    dense = loss()
+    with sparsify(model, SPARSE) as handle:
+        handle.begin_run(max_steps=8, step=4)
+        hook = model.base_model.model.model.layers[1].register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(**batch)
+        hook.remove()
+        handle.begin_step(5)
+        torch.testing.assert_close(loss(), dense)
+
+
 def test_disabled_and_merged_adapters_keep_their_meaning(model, handle, batch):
     handle.set_enabled(True)
     with_adapter = loss_and_gradients(model, batch)[0]
