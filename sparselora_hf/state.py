@@ -292,10 +292,10 @@ class LayerLink:
     lean: bool = False
     view: MlpView | None = dataclasses.field(default=None, repr=False, compare=False)
 
-    def observe(self, part: str, x: torch.Tensor, training: bool) -> None:
+    def observe(self, part: str, x: torch.Tensor) -> None:
         """Sample the input ``[..., H]`` of a part that will be sparse, once per micro-batch, while steps are dense."""
         batch = self.state.batch
-        if batch is None or batch.gather is None or self.keep is None or not training:
+        if batch is None or batch.gather is None or self.keep is None:
             return
         x, key = x.detach(), f"{part}.{self.layer}"
         x = x.reshape(-1, x.shape[-1])

@@ -103,6 +103,19 @@ def test_a_fit_under_autocast_takes_float32_all_the_same(config):
         assert all(torch.equal(fit[name], want) for name, want in fits[0].items())
 
 
+@learning
+def test_a_layer_in_evaluation_mode_is_dense_and_sampled(config, batch):
+    model = lora_model()
+    layer = model.base_model.model.model.layers[1]
+    with sparsify(model, config) as handle:
+        layer.eval()
+        warm_up(model)
+        handle.set_enabled(True)
+        without = loss_and_gradients(model, batch)
+        layer.train()
+        assert differs(loss_and_gradients(model, batch), without)
+
+
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
 @learning
 def test_recomputation_is_not_observed_twice(config, checkpointed, batch):

@@ -44,7 +44,7 @@ class AttentionHook:
         link = self.link
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         flat = hidden.reshape(-1, hidden.shape[-1])
-        link.observe("attention", flat, module.training)
+        link.observe("attention", flat)
         rows = link.rows(hidden, module.training)
         if rows is None or not len(rows.sparse) or (link.layer, "vo") in link.state.batch.selections:
             return

@@ -48,7 +48,7 @@ class SparseLinear(Patched):
 def _rows(module: SparseLinear, x: torch.Tensor) -> Rows | None:
     link = link_of(module)
     if link.role == "o" and link.state.config.compensation == "low_rank":
-        link.observe("o", x, module.training)
+        link.observe("o", x)
     return link.rows(x, module.training)
 
 

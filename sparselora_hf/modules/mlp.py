@@ -30,7 +30,7 @@ class SparseMlp(LeanMlp):
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """``[..., H]`` to ``[..., H]``; rows that the batch does not need come back as zero or as context rows."""
         link = link_of(self)
-        link.observe("mlp", x, self.training)
+        link.observe("mlp", x)
         rows = link.rows(x, self.training)
         if rows is None:
             return self.dense_forward(x, *args, **kwargs)
