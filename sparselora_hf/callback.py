@@ -97,10 +97,18 @@ class SparseLoraCallback(TrainerCallback):
             logs.update(figures)
             state.log_history[-1].update(figures)
 
+    def on_evaluate(self, args, state, control, **kwargs) -> None:
+        """The time that evaluation took is none of training."""
+        if self.handle is not None:
+            self.handle.state.meter.leave_out()
+
     def on_save(self, args, state, control, **kwargs) -> None:
-        """Write configuration and calibration beside the checkpoint."""
-        if state.is_hyper_param_search:
-            return  # a trial's checkpoints lie where the Trainer alone knows
+        """Write configuration and calibration beside the checkpoint; the time it took is none of training."""
+        if not state.is_hyper_param_search:  # a trial's checkpoints lie where the Trainer alone knows
+            self._save(args, state)
+        self.handle.state.meter.leave_out()
+
+    def _save(self, args, state) -> None:
         self.handle.save(_folder(args, state.global_step), write=args.should_save)
 
     def _save_beside_jit(self, args, state, control, **kwargs) -> None:
@@ -109,7 +117,12 @@ class SparseLoraCallback(TrainerCallback):
         if getattr(args, "enable_jit_checkpoint", False) and stops and _folder(args, state.global_step).is_dir():
             self.on_save(args, state, control)
 
-    on_pre_optimizer_step = on_step_end = on_epoch_end = _save_beside_jit
+    on_pre_optimizer_step = on_epoch_end = _save_beside_jit
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        """Tell the clock of the figures."""
+        self._save_beside_jit(args, state, control)
+        self.handle.state.meter.stop()
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         """Leave a dense model behind, and a plain one where the callback made it sparse."""

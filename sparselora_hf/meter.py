@@ -52,11 +52,23 @@ class Meter:
         self.reset()
 
     def reset(self) -> None:
-        """Start counting anew."""
+        """Start counting anew; the clock runs from the first batch on."""
         self.tokens = self.context = 0
         self.dense_flops = self.flops = self.sparsity = 0.0
         self.batches = 0
-        self.since = time.perf_counter()
+        self.since: float | None = None
+        self.stopped: float | None = None
+
+    def stop(self) -> None:
+        """A step has ended: what follows may be no training."""
+        self.stopped = time.perf_counter()
+
+    def leave_out(self) -> None:
+        """Evaluating or saving has ended: the time since `stop`, or since the last reading, does not count."""
+        now = time.perf_counter()
+        if self.since is not None and self.stopped is not None:
+            self.since += now - self.stopped
+            self.stopped = now
 
     def add(
         self, plan: TokenPlan, sparse: bool, savings: frozenset[str], too_few: frozenset[str] = frozenset()
@@ -69,6 +81,8 @@ class Meter:
             savings: names of the exact savings in force.
             too_few: those of them whose rows are too few for dense parts to leave out; sparse ones do without padding.
         """
+        if self.since is None:
+            self.since = time.perf_counter()
         rows, parts = plan.shape[0] * plan.shape[1], [*self.mlp, *self.attention]
         counts = (len(plan.context), len(plan.output), rows - plan.tokens, len(plan.loss))
         pays = tuple(sparse and part.pays(len(plan.context), rows) for part in parts)
@@ -118,13 +132,15 @@ class Meter:
         """Figures since the last reading, then start anew; empty when no batch was counted."""
         if not self.tokens:
             return {}
+        now = time.perf_counter()
         figures = {
             "sparselora/context_share": self.context / self.tokens,
             "sparselora/channel_sparsity": self.sparsity / self.batches,
             "sparselora/linear_flops_saved": 1 - self.flops / self.dense_flops,
-            "sparselora/tokens_per_second": self.tokens / (time.perf_counter() - self.since),
+            "sparselora/tokens_per_second": self.tokens / (now - self.since),
         }
         self.reset()
+        self.since = self.stopped = now
         return {name: round(value, 4) for name, value in figures.items()}
 
 

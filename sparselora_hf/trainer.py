@@ -48,7 +48,7 @@ Konstantinos N. and Yazdanbakhsh, Amir and Keutzer, Kurt and Han, Song and Liu, 
 class _TrainersCallback(SparseLoraCallback):
     """The callback of a trainer that saves by itself."""
 
-    def on_save(self, args, state, control, **kwargs) -> None:
+    def _save(self, args, state) -> None:
         """`SparseLoraTrainer.save_model` has written everything already."""
 
 

@@ -1,12 +1,15 @@
 """What a run says: figures in the log, the model card, warnings."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from datasets import Dataset
 from helpers import SPARSE
 from training import examples, make_trainer, metrics, trained
+from transformers import TrainerCallback
 
-from sparselora_hf import SparseLoraConfig
+from sparselora_hf import SparseLoraConfig, meter
 from sparselora_hf.cost import BatchShape, LoraShape, step_cost
 
 
@@ -36,6 +39,29 @@ def test_context_share_is_exact(tmp_path):
     want = 1 - sum(n + 1 for n in labelled) / total
     (log,) = [log for log in trainer.state.log_history if "loss" in log]
     assert log["sparselora/context_share"] == pytest.approx(want, abs=1e-4)
+
+
+class _Clock(TrainerCallback):
+    """A second for each step, a thousand for starting, evaluating and saving."""
+
+    def __init__(self):
+        self.now = 0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.now += 1
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.now += 1000
+
+    on_evaluate = on_save = on_train_begin
+
+
+def test_speed_is_that_of_training_alone(tmp_path, monkeypatch):
+    clock, data = _Clock(), examples(4)
+    monkeypatch.setattr(meter, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    often = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 3}
+    run = trained(tmp_path, SPARSE, data=data, eval_dataset=data, callbacks=[clock], logging_steps=2, **often)
+    assert metrics(run, "sparselora/tokens_per_second") == [sum(map(len, data["input_ids"]))] * 3
 
 
 def test_figures_are_logged_once_and_nothing_else_changes(tmp_path):
