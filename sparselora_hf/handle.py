@@ -117,6 +117,7 @@ class SparseLoraHandle:
                 f"end with step {min(schedule.end, max_steps)}. Lower start_step, or train longer."
             )
         self.state.meter.reset()
+        self.state.warned.clear()
         if not step:
             self.state.calibration.reset()
         self.begin_step(step)

@@ -180,7 +180,7 @@ class SparseState:
         self.step = 0
         self.meter = meter
         self._fixed: dict[tuple[int, str], tuple[torch.Tensor, ChannelSelection]] = {}  # scores, and their channels
-        self._warned = False
+        self.warned: set[str] = set()  # what this run has been told already
 
     def begin(
         self,
@@ -225,14 +225,19 @@ class SparseState:
         return self.batch
 
     def _warn_without_context(self, plan: TokenPlan) -> None:
-        if len(plan.context) or self._warned or not self.config.is_sparse:
+        if len(plan.context) or not self.config.is_sparse:
             return
-        self._warned = True
-        logger.warning(
+        self.warn_once(
             "SparseLoRA: this batch has no context tokens, every token enters the loss or predicts one that does, so "
             "nothing can be sparse. Train on prompt/completion data, or on messages with assistant_only_loss=True; "
             "for plain language modelling SparseLoRA offers its exact savings alone."
         )
+
+    def warn_once(self, message: str) -> None:
+        """Warn of what may be so at every step of a run."""
+        if message not in self.warned:
+            self.warned.add(message)
+            logger.warning(message)
 
     def select(self, layer: int, kind: str, scores: torch.Tensor, keep: int, layout: HeadLayout | None = None) -> None:
         """Choose the channels of highest score for the batch in hand.

@@ -21,7 +21,6 @@ from helpers import (
 from transformers import AutoModelForCausalLM
 
 from sparselora_hf import SparseLoraConfig, sparsify
-from sparselora_hf.modules.forward import logger
 
 SPARSE = SPARSE.replace(mlp_sparsity=0.9, attention_sparsity={"1-2": 0.75})
 
@@ -62,7 +61,6 @@ def test_steps_in_evaluation_mode_are_warned_of(config, batch, tmp_path, caplog)
     tiny_model().save_pretrained(tmp_path / "base")
     model = add_lora(AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
     assert model.training
-    logger.warning_once.cache_clear()
     with sparsify(model, config) as handle:
         handle.set_enabled(config is SPARSE)
         with torch.no_grad():
@@ -167,6 +165,18 @@ def test_training_without_labels_is_dense(model, handle, batch):
     handle.set_enabled(True)
     loss_and_gradients(model, batch)
     assert_same(loss_without_labels(model, batch), want, 1e-7)
+
+
+def test_every_run_is_told_of_forwards_without_labels(batch, caplog):
+    """A run of another handle, or the one before, does not count."""
+    for runs in (1, 2):
+        model = lora_model()
+        with sparsify(model, SPARSE) as handle:
+            for _ in range(runs):
+                handle.begin_run(max_steps=4)
+                loss_without_labels(model, batch)
+                loss_without_labels(model, batch)
+    assert caplog.text.count("its context tokens are not known") == 3
 
 
 def loss_without_labels(model, batch):

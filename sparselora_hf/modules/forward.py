@@ -5,14 +5,11 @@ import inspect
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from ..plan import TokenPlan
 from ..state import SparseState
 
 __all__ = ["ForwardHook"]
-
-logger = logging.get_logger(__name__)
 
 _UNKNOWN = "SparseLoRA: forward without a label for each token runs dense, its context tokens are not known."
 
@@ -69,7 +66,7 @@ class ForwardHook:
             return
         self.state.end()
         if learns:
-            logger.warning_once(_UNKNOWN)
+            self.state.warn_once(_UNKNOWN)
 
     @torch.compiler.disable
     def after(self, module: nn.Module, args: tuple, output: object) -> None:
@@ -82,7 +79,7 @@ class ForwardHook:
         """`from_pretrained` gives a model in evaluation mode, and PEFT's wrapper does not change that."""
         waits = self.state.enabled or self.state.calibration.gathers
         if waits and not module.training and torch.is_grad_enabled() and kwargs.get("labels") is not None:
-            logger.warning_once(
+            self.state.warn_once(
                 "SparseLoRA: the model is in evaluation mode, where it is dense and nothing is learned for sparse "
                 "steps. To train it call model.train() first, to evaluate it use torch.no_grad()."
             )
@@ -101,7 +98,7 @@ class ForwardHook:
         labels, ids, pools = kwargs.get("labels"), kwargs.get("input_ids"), _pools(module)
         if labels is None or not (ids is not None if pools else _is_per_token(labels, kwargs)):
             self.state.end()
-            logger.warning_once(_UNKNOWN)
+            self.state.warn_once(_UNKNOWN)
             return
         if not pools:
             plan = TokenPlan.of_inputs(kwargs, self.state.config.token_rule)
