@@ -327,6 +327,20 @@ def test_long_rows_are_left_out_under_packing_too(rows_of):
 
 
 @needs_data
+@pytest.mark.parametrize("column", ["image", "images"])
+def test_images_stay_with_their_prompts(parse, tmp_path, column):
+    """Without a processing class TRL loads the model's processor, whose collator takes both."""
+    from sparselora_hf.cli.sft import trainer_keywords
+
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({column: "a.png", "prompt": "<image> What is it?", "completion": "A cat."}) + "\n")
+    flags = ["--model_name_or_path", str(MODEL), "--dataset_name", str(path), "--output_dir", str(tmp_path / "out")]
+    keywords = trainer_keywords(parse(flags))
+    assert set(keywords["train_dataset"].column_names) == {column, "prompt", "completion"}
+    assert keywords["processing_class"] is None
+
+
+@needs_data
 def test_long_conversations_cannot_be_left_out(capsys, tmp_path):
     pytest.importorskip("trl")
     path = tmp_path / "rows.jsonl"

@@ -51,13 +51,17 @@ def _check_columns(rows: Any, text_field: str) -> None:
 
 
 def _prepared(recipe: Recipe, split: str, tokenizer: Any) -> Any:
-    """Rows for a trainer: plain prompts and completions with exact labels, everything else as TRL takes it."""
+    """Rows for a trainer: plain prompts and completions with exact labels, everything else as TRL takes it.
+
+    Prompts with images are TRL's too: its collator puts both together, batch by batch.
+    """
     from ..labels import label_examples
 
     options, training = recipe.data, recipe.training
     rows = _examples(recipe, split)
     _check_columns(rows, training.dataset_text_field)
     is_text = {"prompt", "completion"} <= set(rows.column_names) and isinstance(rows[0]["prompt"], str)
+    is_text &= not _has_images(rows)
     if not is_text or not tokenizer.is_fast or training.completion_only_loss is False:
         if options.long_rows == "drop":
             raise ValueError(
@@ -74,6 +78,11 @@ def _prepared(recipe: Recipe, split: str, tokenizer: Any) -> Any:
     return label_examples(
         rows, tokenizer, longest, options.long_rows, options.max_examples, training.dataset_num_proc
     )[0]
+
+
+def _has_images(rows: Any) -> bool:
+    """Whether TRL takes rows for those of a vision-language model."""
+    return not {"image", "images"}.isdisjoint(rows.column_names)
 
 
 def trainer_keywords(recipe: Recipe) -> dict[str, Any]:
@@ -104,7 +113,7 @@ def trainer_keywords(recipe: Recipe) -> dict[str, Any]:
         "args": training,
         "train_dataset": train,
         "eval_dataset": test,
-        "processing_class": tokenizer,
+        "processing_class": None if _has_images(train) else tokenizer,  # for images TRL loads the model's processor
         "peft_config": get_peft_config(model),
         **({} if quantization is None else {"quantization_config": quantization}),
     }
