@@ -23,7 +23,17 @@ from reference import next_token_loss
 from safetensors.torch import load_file
 from torch import nn
 from training import trained
-from zoo import CONFIGS, IMAGE_TOKEN, VISION, vision_batch, vision_model, zoo_lora, zoo_model
+from zoo import (
+    CONFIGS,
+    IMAGE_TOKEN,
+    VISION,
+    audio_batch,
+    audio_model,
+    vision_batch,
+    vision_model,
+    zoo_lora,
+    zoo_model,
+)
 
 from sparselora_hf import FAMILIES, ModelFamily, SparseLoraConfig, TokenPlan, sparsify
 from sparselora_hf.families import families_table, find_family
@@ -247,6 +257,24 @@ def test_adapters_of_the_vision_tower_keep_their_gradients(name):
     with sparsify(model, dense, progress=False) as handle:
         assert "exact saving frozen_below: off" in handle.report()
         assert "lies below the decoder layers" in handle.report()
+
+
+# sounds
+
+
+@pytest.mark.parametrize("way", ["no", "non-reentrant", "reentrant"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_batch_that_the_model_makes_longer_is_dense(side, way, caplog):
+    """Its labels are those of other rows than the decoder's."""
+    model, batch = add_lora(audio_model(), r".*language_model.*_proj").train(), audio_batch(side)
+    checkpoint(model, way)
+    text = make_batch(side=side)
+    want, plain_text = loss_and_gradients(model, batch), loss_and_gradients(model, text)
+    with sparsify(model, SPARSE, progress=False) as handle:
+        handle.set_enabled(True)
+        assert_same(loss_and_gradients(model, batch), want, 1e-5)
+        assert "changed the length of the batch" in caplog.text
+        assert differs(loss_and_gradients(model, text), plain_text)
 
 
 # the table

@@ -3,7 +3,12 @@
 import torch
 from helpers import VOCAB, add_lora, make_batch, randomise
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    Qwen2AudioForConditionalGeneration,
+)
 
 IMAGE_TOKEN = VOCAB - 1
 
@@ -149,6 +154,31 @@ def vision_model(name: str) -> nn.Module:
     torch.manual_seed(0)
     config = AutoConfig.for_model(name, **VISION[name][0], pad_token_id=0)
     return randomise(AutoModelForImageTextToText.from_config(config, dtype=torch.float32))
+
+
+def audio_model() -> nn.Module:
+    """A tiny Qwen2-Audio, which itself puts a sound's states in the place of a single token."""
+    torch.manual_seed(0)
+    sizes = {"encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 48, "max_source_positions": 8}
+    config = AutoConfig.for_model(
+        "qwen2_audio",
+        text_config=_text("qwen2"),
+        audio_config={"d_model": 32, "num_mel_bins": 4, **sizes},
+        audio_token_id=IMAGE_TOKEN,
+        pad_token_id=0,
+    )
+    config.pad_token_id, config.ignore_index = 0, -100  # its code asks for both, its configuration has neither
+    return randomise(Qwen2AudioForConditionalGeneration(config))
+
+
+def audio_batch(side: str) -> dict[str, torch.Tensor]:
+    """A padded batch of three rows; each has a sound of four states, and one token for it."""
+    batch = make_batch(side=side)
+    ids = batch["input_ids"]
+    ids[ids == IMAGE_TOKEN] = 5
+    ids[torch.arange(3), batch["attention_mask"].argmax(1)] = IMAGE_TOKEN
+    sounds = torch.randn(3, 4, 16, generator=torch.Generator().manual_seed(0))
+    return {**batch, "input_features": sounds, "feature_attention_mask": torch.ones(3, 16, dtype=torch.long)}
 
 
 def vision_batch(name: str) -> dict[str, torch.Tensor]:

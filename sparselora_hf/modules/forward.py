@@ -12,6 +12,11 @@ from ..state import SparseState
 __all__ = ["ForwardHook"]
 
 _UNKNOWN = "SparseLoRA: forward without a label for each token runs dense, its context tokens are not known."
+_RESHAPED = (
+    "SparseLoRA: on the way to its decoder the model has changed the length of the batch, as some do that put many "
+    "states in the place of one image or sound token. Its labels do not fit the tokens then, and it runs dense. Let "
+    "the processor write a token for every state."
+)
 
 
 class ForwardHook:
@@ -22,7 +27,8 @@ class ForwardHook:
     any others a forward is dense. So is one without gradients, whatever the mode; the batch under way comes back after
     it, for recomputation.
 
-    A loss of one's own may call the decoder by itself. It is dense then, but for the tokens of a trainer's batch.
+    A loss of one's own may call the decoder by itself. It is dense then, but for the tokens of a trainer's batch. It
+    is dense as well where the model hands it a batch of another shape than that of the labels.
     """
 
     def __init__(self, state: SparseState) -> None:
@@ -63,6 +69,7 @@ class ForwardHook:
         kwargs = _named(module, args, kwargs)
         learns = module.training and torch.is_grad_enabled()
         if is_inside or (learns and self.state.pinned and self._is_pinned(kwargs)):
+            self._leave_reshaped(kwargs)
             return
         self.state.end()
         if learns:
@@ -74,6 +81,15 @@ class ForwardHook:
         before = self.state.set_aside.pop() if self.state.set_aside else None
         if self.state.batch is None:
             self.state.batch = before
+
+    def _leave_reshaped(self, kwargs: dict) -> None:
+        """Forget a batch whose plan has other rows than the decoder is given, for recomputation too."""
+        shape = _shape(kwargs)
+        if self.state.batch is None or shape is None or shape == self.state.batch.plan.shape:
+            return
+        self.state.end()
+        self.state.set_aside[:] = [None] * len(self.state.set_aside)
+        self.state.warn_once(_RESHAPED)
 
     def _warn_in_evaluation_mode(self, module: nn.Module, kwargs: dict) -> None:
         """`from_pretrained` gives a model in evaluation mode, and PEFT's wrapper does not change that."""
@@ -134,9 +150,15 @@ def _pools(model: nn.Module) -> bool:
 
 def _is_per_token(labels: torch.Tensor, kwargs: dict) -> bool:
     """Whether there is a label for each token."""
+    shape = _shape(kwargs)
+    return labels.dim() == 2 if shape is None else labels.shape == shape
+
+
+def _shape(kwargs: dict) -> torch.Size | None:
+    """``[B, S]`` of a forward's tokens; None where it is given none."""
     ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
     tokens = ids if ids is not None else embeds
-    return labels.dim() == 2 if tokens is None else labels.shape == tokens.shape[:2]
+    return None if tokens is None else tokens.shape[:2]
 
 
 def _named(module: nn.Module, args: tuple, kwargs: dict) -> dict:
