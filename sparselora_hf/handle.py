@@ -64,6 +64,7 @@ class SparseLoraHandle:
         self.attach_seconds = 0.0
         self.source: Path | None = None
         self._schedule: Schedule | None = None
+        self._max_steps = 0
         self._has_waited = False
         self._patched: list[nn.Module] = []
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
@@ -109,7 +110,7 @@ class SparseLoraHandle:
         check_units(self.model)
         self._check_forwards()
         self._has_waited = False
-        self._schedule = Schedule.of(self.config, max_steps)
+        self._schedule, self._max_steps = Schedule.of(self.config, max_steps), max_steps
         schedule = self._schedule
         if self.config.is_sparse and max_steps and not schedule.is_ever_sparse(max_steps):
             logger.warning(
@@ -141,6 +142,11 @@ class SparseLoraHandle:
         self.state.set_aside.clear()  # what a forward left that was interrupted, for which PyTorch calls no hook
         self.state.step = step * accumulation
         wanted = self.is_attached and self.config.is_sparse and self._schedule.is_sparse(step)
+        if step > self._max_steps and self.config.is_sparse and not wanted:  # at its end a run may be resumed
+            self.state.warn_once(
+                f"SparseLoRA: begin_run was told of {self._max_steps} steps, and steps behind them are dense. Give it "
+                "those of all epochs."
+            )
         enabled = wanted and self._can_be_sparse()
         if enabled != self.enabled:
             self.set_enabled(enabled)

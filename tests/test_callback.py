@@ -371,6 +371,17 @@ def test_loop_that_forgets_to_begin_its_run():
         handle.begin_step(0)
 
 
+@pytest.mark.parametrize(("end", "warned"), [(1.0, 1), (0.5, 1), (9, 0)])
+def test_loop_that_is_longer_than_it_said_is_warned_of(end, warned, caplog):
+    """As over several epochs, where `begin_run` was given the batches of one."""
+    with sparsify(lora_model(), SPARSE.replace(start_step=0, end_step=end)) as handle:
+        handle.begin_run(max_steps=4, step=4)
+        assert "was told of" not in caplog.text
+        for step in range(8):
+            handle.begin_step(step)
+    assert caplog.text.count("begin_run was told of 4 steps") == warned
+
+
 def test_loop_of_ones_own(tmp_path):
     """Accelerate and three calls of the handle give the losses of the callback in a Trainer."""
     config = SPARSE.replace(criterion="static", compensation="mean", start_step=1)
