@@ -117,6 +117,7 @@ class SparseLoraHandle:
                 f"SparseLoRA: no step of this run is sparse: sparsity would start behind step {schedule.start} and "
                 f"end with step {min(schedule.end, max_steps)}. Lower start_step, or train longer."
             )
+        self.state.reset()  # a run that was interrupted may have been sparse
         self.state.meter.reset()
         self.state.warned.clear()
         if not step:

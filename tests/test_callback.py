@@ -105,6 +105,28 @@ def test_statistics_go_on_after_resuming(tmp_path, step):
     assert losses(resumed) == pytest.approx(losses(whole), rel=1e-4)
 
 
+class _Interrupt(TrainerCallback):
+    """Ctrl-C in the middle of a run, once."""
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step == 4:
+            self.on_optimizer_step = super().on_optimizer_step
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("criterion", ["svd", "static"])
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_a_run_interrupted_in_a_sparse_step_goes_on_in_the_same_trainer(tmp_path, criterion, step):
+    config = SPARSE.replace(criterion=criterion, compensation="low_rank", compensation_rank=4)
+    settings = {"save_strategy": "steps", "save_steps": 1}
+    whole, _, _ = run(tmp_path / "whole", config, **settings)
+    trainer = make_trainer(tmp_path, lora_model(), [SparseLoraCallback(config), _Interrupt()], **settings)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+    assert losses(trainer) == pytest.approx(losses(whole), rel=1e-4)
+
+
 class _Terminated(TrainerCallback):
     """A SIGTERM that the Trainer's own callback finds at its next turn."""
 
