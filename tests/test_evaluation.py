@@ -13,11 +13,12 @@ import types
 import pytest
 import torch
 from datasets import Dataset
-from helpers import ROOT, tiny_model
+from helpers import ROOT, add_lora, tiny_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
+from zoo import VISION, vision_model
 
 from sparselora_hf.cli.main import main
 from sparselora_hf.evaluation.answers import AnswerFile
@@ -631,3 +632,20 @@ def test_the_adapter_is_applied(world):
     ids = torch.tensor([[5, 6, 7]])
     assert not tuned.training
     assert not torch.allclose(plain(ids).logits, tuned(ids).logits)
+
+
+@pytest.mark.parametrize("name", VISION)
+def test_a_vision_language_model_answers_in_text(name, world, tmp_path, tokenizer):
+    """Whole, as it was trained: the adapter's names are those of its language tower."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    model = vision_model(name)
+    model.save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    model = add_lora(model, r".*(language_model|text_model)\.layers.*_proj")
+    model.peft_config["default"].base_model_name_or_path = str(base)
+    model.save_pretrained(adapter)
+    ids = torch.tensor([[5, 6, 7]])
+    want = model.eval()(input_ids=ids).logits
+    torch.testing.assert_close(load_model(str(base), str(adapter))[0](input_ids=ids).logits, want)
+    flags = ("--task", "boolq", "--max-new-tokens", "2", "--limit", "2", "--data", str(world / "data"))
+    assert main(["eval", str(adapter), *flags]) == 0

@@ -68,7 +68,7 @@ def load_model(
         ValueError: the adapter is of another base model, or `dtype` is no type.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"dtype: {dtype!r} is neither auto nor a type of torch, as bfloat16 is.")
@@ -78,7 +78,7 @@ def load_model(
     extra = {"quantization_config": _four_bit()} if four_bit else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(_tokenizer_of(base, adapter), **source)
-        model = AutoModelForCausalLM.from_pretrained(
+        model = _kind_of(base, source).from_pretrained(
             base, dtype=dtype, device_map="cpu" if on_cpu else "auto", **source, **extra
         )
     except OSError as error:
@@ -87,6 +87,16 @@ def load_model(
             "Name a folder: --model PATH."
         ) from error
     return (model if adapter is None else _with_adapter(model, base, adapter)).eval(), tokenizer
+
+
+def _kind_of(base: str, source: dict[str, Any]) -> Any:
+    """Auto class of a base: most vision-language models, whose language tower answers, are no causal model's."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING as CAUSAL
+    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING as WITH_IMAGES
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    kind = type(AutoConfig.from_pretrained(base, **source))
+    return AutoModelForImageTextToText if kind in WITH_IMAGES and kind not in CAUSAL else AutoModelForCausalLM
 
 
 def _tokenizer_of(base: str, adapter: str | None) -> str:
