@@ -62,8 +62,8 @@ def check_model(model: nn.Module, config: SparseLoraConfig, family: ModelFamily 
         The model's family.
 
     Raises:
-        ValueError: a model wrapped for several devices, unknown family, a layer that does not exist, a rank above a
-            weight's, a weight that holds NaN or is not whole in this process.
+        ValueError: no Hugging Face model, or one wrapped for several devices, unknown family, a layer that does not
+            exist, a rank above a weight's, a weight that holds NaN or is not whole in this process.
     """
     family = _check_config(model, config, family)
     check_weights(list(decoder_layers(model, config, family)), family)
@@ -76,6 +76,10 @@ def _check_config(model: nn.Module, config: SparseLoraConfig, family: ModelFamil
         raise ValueError(
             f"The model is wrapped in {type(model).__name__}. Call sparsify before accelerator.prepare, or pass "
             "model.module."
+        )
+    if not hasattr(causal_model(model), "config"):
+        raise ValueError(
+            f"A {type(model).__name__} is no model of transformers or PEFT. Where one is a part of it, pass that part."
         )
     text_config = causal_model(model).config.get_text_config()
     family = family or find_family(text_config.model_type)

@@ -144,6 +144,11 @@ def _as_gpt(model):
 
 
 WRONG = {
+    "a module around it": (
+        lambda: nn.Sequential(lora_model()),
+        SPARSE,
+        "A Sequential is no model of .* pass that part",
+    ),
     "no LoRA": (tiny_model, SPARSE, "carries no LoRA adapter.*peft_config"),
     "LoRA on lm_head": (lambda: lora_model(targets=("q_proj", "lm_head")), SPARSE, "lm_head is not supported"),
     "unknown family": (lambda: _as_gpt(lora_model()), SPARSE, "'gptj' is not known. Known: cohere, .*llama, .*qwen2"),
