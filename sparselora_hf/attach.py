@@ -17,6 +17,7 @@ from .config import SparseLoraConfig, check_settings
 from .cost import ModelShape
 from .criteria import CRITERIA
 from .decoder import Layer, causal_model, decoder_layers, language_decoder
+from .distributed import rank_and_world
 from .families import ModelFamily, find_family
 from .handle import Decision, SparseLoraHandle
 from .kernels.runtime import blocker
@@ -123,7 +124,7 @@ def sparsify(
         model: a PEFT model, or a Hugging Face causal model with injected adapters.
         config: the configuration.
         family: description of a model family that is not in the table.
-        progress: show a progress bar for the SVD; None shows one unless transformers' progress bars are off.
+        progress: show a progress bar for the SVD, on rank 0; None shows it unless transformers' progress bars are off.
 
     Raises:
         TypeError: no `SparseLoraConfig`.
@@ -212,7 +213,8 @@ def _factors(
             wanted += [((layer.number, role), view.inputs[role]) for role in roles]
     cache = SvdCache(config.cache_dir)
     show = logging.is_progress_bar_enabled() if progress is None else progress
-    bar = tqdm(wanted, desc="SparseLoRA: SVD of the frozen weights", disable=not (show and wanted))
+    show = bool(show and wanted) and rank_and_world()[0] == 0
+    bar = tqdm(wanted, desc="SparseLoRA: SVD of the frozen weights", disable=not show)
     factors = {}
     for key, projection in bar:
         weight = projection.weight

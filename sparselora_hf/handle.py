@@ -190,7 +190,8 @@ class SparseLoraHandle:
             )
         start = time.perf_counter()
         layers = decoder_layers(self.model, self.config, self.family)
-        for layer in tqdm(list(layers), desc="SparseLoRA: fit", disable=not logging.is_progress_bar_enabled()):
+        is_shown = logging.is_progress_bar_enabled() and rank_and_world()[0] == 0
+        for layer in tqdm(list(layers), desc="SparseLoRA: fit", disable=not is_shown):
             # sums over all tokens take float32, also in a loop that is under autocast as a whole
             with whole_weights(layer.module, self.model), torch.autocast(self.device.type, enabled=False):
                 self._fit_layer(layer)

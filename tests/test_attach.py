@@ -17,7 +17,7 @@ from helpers import (
 )
 from torch import nn
 
-from sparselora_hf import ModelFamily, SparseLoraConfig, sparsify
+from sparselora_hf import ModelFamily, SparseLoraConfig, attach, sparsify
 from sparselora_hf.families import find_family
 
 DENSE = SparseLoraConfig()
@@ -315,3 +315,10 @@ def test_a_fused_mlp_of_another_library_has_the_activation_of_its_configuration(
             handle.set_enabled(True)
             results.append(loss_and_gradients(each, batch))
     assert_same(*results)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_progress_bar_for_all_ranks(monkeypatch, capsys, tmp_path, rank):
+    monkeypatch.setattr(attach, "rank_and_world", lambda: (rank, 2))
+    with sparsify(lora_model(), SPARSE.replace(cache_dir=tmp_path), progress=True):
+        assert ("SVD of the frozen weights" in capsys.readouterr().err) is (rank == 0)
