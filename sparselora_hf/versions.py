@@ -26,7 +26,7 @@ class Range(NamedTuple):
 
 
 SUPPORTED = {
-    "torch": Range("2.6", "2.13", "3", "FSDP2 under its public name"),
+    "torch": Range("2.6", "2.15", "3", "FSDP2 under its public name"),
     "transformers": Range("5.0", "5.24", "6", "layers that hand keyword arguments on to attention"),
     "peft": Range("0.18", "0.21", "1", "LoRA variants as objects of their own"),
     "accelerate": Range("1.10.1", "1.15", "2", "parallelism settings"),

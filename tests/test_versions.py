@@ -3,6 +3,7 @@ import re
 
 import pytest
 from helpers import ROOT, SPARSE, assert_untouched, lora_model, snapshot
+from packaging.specifiers import SpecifierSet
 
 from sparselora_hf import sparsify, versions
 from sparselora_hf.trainer import SparseLoraTrainer
@@ -39,6 +40,14 @@ def test_lowest_set_is_what_is_declared(package):
         assert pinned is None, "torch comes from cpu.txt: older releases have no CPU build on PyPI"
     else:
         assert pinned.group(1).startswith(versions.SUPPORTED[package].lowest)
+
+
+@pytest.mark.parametrize("package", versions.SUPPORTED)
+def test_the_oldest_python_declared_is_one_that_the_lowest_releases_take(package):
+    if not str(versions.installed(package)).startswith(versions.SUPPORTED[package].lowest):
+        pytest.skip(f"{package} {versions.installed(package)} is not the lowest release")
+    oldest = re.search(r'^requires-python = ">=([\d.]+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    assert oldest in SpecifierSet(importlib.metadata.metadata(package)["Requires-Python"])
 
 
 @pytest.mark.parametrize(
