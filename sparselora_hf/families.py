@@ -131,6 +131,7 @@ FAMILIES = {family.name: family for family in _ROWS}
 
 _EXAMPLE = """    from sparselora_hf import ModelFamily, sparsify
     family = ModelFamily("{name}", attention="self_attn", q="q_proj", mlp="mlp", gate="gate_proj")
+    # and qk_norm=True if it normalises queries and keys: dropped channels would inflate the others, and nothing warns
     sparsify(model, config, family=family)        # or SparseLoraTrainer(..., model_family=family)"""
 
 

@@ -298,6 +298,7 @@ def test_error_of_an_unknown_family_holds_a_runnable_example(batch):
     with pytest.raises(ValueError, match=r"Known: cohere, .*starcoder2") as error:
         sparsify(model, SPARSE)
     example = textwrap.dedent(str(error.value).split("describe it:\n")[1])
+    assert "qk_norm=True if it normalises" in example
     names = {"model": model, "config": SPARSE}
     exec(example, names)  # as a user would paste it
     assert names["family"].name == "llamoid"
