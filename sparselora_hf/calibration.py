@@ -78,7 +78,7 @@ class Calibration:
 
     def _sample(self, key: str) -> torch.Tensor:
         """Sampled rows of one part, without those that a broken batch made NaN or infinite, or never filled."""
-        x = self.reservoir.get(key) if key in self.reservoir.rows else torch.empty(0, 0)
+        x = self.reservoir.get(key) if key in self.reservoir.rows else torch.empty(0, 0, device="cpu")
         sound = x[x.isfinite().all(1)]
         if not len(sound):
             raise RuntimeError(

@@ -282,7 +282,7 @@ class RandomCriterion(_Tokenless):
     def _draw(self, width: int, part: str, layer: int, step: int, device: torch.device) -> torch.Tensor:
         # a pure function of seed, step, layer and part: the same after a resume
         seed = zlib.crc32(f"{self.seed}/{step}/{layer}/{part}".encode())
-        return to_device(torch.rand(width, generator=torch.Generator().manual_seed(seed)), device)
+        return to_device(torch.rand(width, generator=torch.Generator().manual_seed(seed), device="cpu"), device)
 
 
 CRITERIA: dict[str, type[Criterion]] = {

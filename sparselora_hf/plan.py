@@ -107,8 +107,8 @@ class TokenPlan:
         """
         ids = input_ids.detach().cpu()
         is_text = torch.ones_like(ids) if pad_token_id is None else ids != pad_token_id
-        last = (torch.arange(ids.shape[1]) * is_text).argmax(1)
-        pooled = torch.zeros(ids.shape, dtype=torch.bool).scatter_(1, last[:, None], True)
+        last = (torch.arange(ids.shape[1], device="cpu") * is_text).argmax(1)
+        pooled = torch.zeros(ids.shape, dtype=torch.bool, device="cpu").scatter_(1, last[:, None], True)
         return cls._of_masks(pooled, pooled, torch.full_like(ids, IGNORE_INDEX), attention_mask, None)
 
     @classmethod
@@ -218,5 +218,5 @@ def _lone(shape: torch.Size, position_ids: torch.Tensor | None) -> torch.Tensor:
 def _at_zero(shape: torch.Size, position_ids: torch.Tensor | None) -> torch.Tensor:
     """Which of ``[B, S]`` positions are 0; none where there are no positions of this shape."""
     if position_ids is None or position_ids.shape != shape:
-        return torch.zeros(shape, dtype=torch.bool)
+        return torch.zeros(shape, dtype=torch.bool, device="cpu")
     return position_ids.detach().cpu() == 0

@@ -22,7 +22,7 @@ class Reservoir:
     def __init__(self, capacity: int, seed: int = 0) -> None:
         self.capacity = capacity
         self.seed = seed
-        self.priorities = torch.empty(0)
+        self.priorities = torch.empty(0, device="cpu")
         self.rows: dict[str, torch.Tensor] = {}
 
     def __len__(self) -> int:
@@ -30,15 +30,15 @@ class Reservoir:
 
     def draw(self, tokens: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Decide which of ``tokens`` new rows to keep: their numbers ``[K]`` and the slots ``[K]`` they take."""
-        fresh = torch.rand(tokens, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + step))
+        fresh = torch.rand(tokens, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + step), device="cpu")
         held = len(self.priorities)
         everything = torch.cat([self.priorities, fresh])
         best = everything.topk(min(self.capacity, len(everything))).indices
         picks = best[best >= held].sort().values
-        free = torch.ones(held, dtype=torch.bool)
+        free = torch.ones(held, dtype=torch.bool, device="cpu")
         free[best[best < held]] = False
-        slots = torch.cat([free.nonzero().squeeze(1), torch.arange(held, max(held, len(best)))])
-        grown = torch.empty(max(held, len(best)))
+        slots = torch.cat([free.nonzero().squeeze(1), torch.arange(held, max(held, len(best)), device="cpu")])
+        grown = torch.empty(max(held, len(best)), device="cpu")
         grown[:held] = self.priorities
         grown[slots] = everything[picks]
         self.priorities = grown

@@ -88,9 +88,9 @@ def difference(state: SparseState, layer: int, part: Part, family: ModelFamily) 
 
 def _batch(layer: int, part: Part, family: ModelFamily, device: torch.device) -> _WholeBatch:
     """A batch of context rows whose channel sets hold a few channels, drawn at random."""
-    plan = TokenPlan.from_batch(torch.full((1, _ROWS), IGNORE_INDEX)).to(device)
+    plan = TokenPlan.from_batch(torch.full((1, _ROWS), IGNORE_INDEX, device="cpu")).to(device)
     batch = _WholeBatch(plan, True, frozenset())
-    order = torch.randperm(part.width, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(part.width, generator=torch.Generator().manual_seed(0), device="cpu")
     index = order[:_CHANNELS].sort().values.to(device)
     if part.is_mlp:
         batch.selections[layer, "mlp"] = ChannelSelection.of(index)
@@ -106,7 +106,7 @@ def _batch(layer: int, part: Part, family: ModelFamily, device: torch.device) ->
 def _compare(state: SparseState, batch: _WholeBatch, run: _Run, weight: torch.Tensor) -> str:
     """Run a module on rows without a batch, as if unpatched, and with one."""
     quantised, link = not weight.is_floating_point(), link_of(run.patched)
-    x = torch.randn(1, _ROWS, run.width, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(1, _ROWS, run.width, generator=torch.Generator().manual_seed(0), device="cpu")
     x = x.to(weight.device, torch.float32 if quantised else weight.dtype)
     state.batch, outputs = batch, []
     kept = None if link.keep is None else link.channels()

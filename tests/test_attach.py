@@ -18,6 +18,7 @@ from helpers import (
 from torch import nn
 
 from sparselora_hf import ModelFamily, SparseLoraConfig, attach, sparsify
+from sparselora_hf.criteria import CRITERIA
 from sparselora_hf.families import find_family
 
 DENSE = SparseLoraConfig()
@@ -128,6 +129,30 @@ def test_again_after_restore(batch):
     model = lora_model()
     first = sparse_result(model, batch, SPARSE)
     assert_same(sparse_result(model, batch, SPARSE), first, 1e-7)
+
+
+def _steps(model, config, batch):
+    """Loss and gradients of a dense step, which learns, and of a sparse one."""
+    with sparsify(model, config) as handle:
+        handle.begin_run(max_steps=4)
+        results = []
+        for step in (0, 2):
+            handle.begin_step(step)
+            results.append(loss_and_gradients(model, batch))
+        assert handle.enabled
+    return results
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_a_default_device_that_is_not_the_models(criterion, batch):
+    """As `torch.set_default_device` has it: what the package makes for itself on the host lies there all the same."""
+    config = SPARSE.replace(criterion=criterion, compensation="low_rank")
+    want = _steps(lora_model(), config, batch)
+    model = lora_model()
+    with torch.device("meta"):
+        got = _steps(model, config, batch)
+    for one, other in zip(got, want, strict=True):
+        assert_same(one, other, 1e-6)
 
 
 # wrong input: a clear error and an untouched model

@@ -116,7 +116,7 @@ def _rows_and_results(view: MlpView) -> tuple[torch.Tensor, dict[str, _Given]]:
     generator, log = torch.Generator().manual_seed(0), []
 
     def draw(width: int) -> torch.Tensor:
-        return torch.randn(2, width, generator=generator).mul_(10).to(weight.device, dtype)
+        return torch.randn(2, width, generator=generator, device="cpu").mul_(10).to(weight.device, dtype)
 
     widths = {role: base_linear(module).out_features for role, module in view.modules.items()}
     return draw(view.hidden), {role: _Given(draw(width), log) for role, width in widths.items()}

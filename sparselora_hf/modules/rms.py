@@ -35,7 +35,7 @@ class _Formula:
     def holds(self, norm: nn.Module) -> bool:
         """Whether a norm computes this."""
         weight = norm.weight.float()
-        x = torch.randn(2, len(weight), generator=torch.Generator().manual_seed(0)).to(
+        x = torch.randn(2, len(weight), generator=torch.Generator().manual_seed(0), device="cpu").to(
             weight.device, norm.weight.dtype
         )
         x[1] *= self.eps**0.5  # where eps shows

@@ -104,7 +104,7 @@ def _turns_halves(own: Callable, dtype: torch.dtype, angles: torch.dtype) -> boo
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
 
     q, k = draw(2, 4, 5, 8).to(dtype), draw(2, 2, 5, 8).to(dtype)
     cos, sin = draw(2, 5, 8).to(angles), draw(2, 5, 8).to(angles)
