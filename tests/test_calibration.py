@@ -17,6 +17,7 @@ from zoo import zoo_lora
 
 from sparselora_hf import sparsify, state
 from sparselora_hf.channels import top_channels
+from sparselora_hf.handle import CALIBRATION_FILE
 from sparselora_hf.svd import truncated_svd
 
 BASE = SPARSE.replace(mlp_sparsity=0.9, attention_sparsity=0.5, rank=6, compensation_rank=8)
@@ -260,6 +261,16 @@ def test_sets_of_the_same_scores_are_chosen_once(criterion, times, monkeypatch):
             assert handle.state._fixed
             handle.end_run()
             assert not handle.state._fixed
+
+
+def test_a_sample_of_an_older_version_that_lacks_a_part_is_refused_with_a_remedy():
+    """Older ones hold no inputs of o_proj."""
+    model = lora_model()
+    with sparsify(model, LEARNING["output with low rank"]) as handle:
+        warm_up(model)
+        del handle.state.calibration.reservoir.rows["o.1"]
+        with pytest.raises(RuntimeError, match=f"o.1: .* older version, delete its {CALIBRATION_FILE}"):
+            handle.set_enabled(True)
 
 
 @pytest.mark.parametrize("compensation", ["none", "low_rank"])
