@@ -10,12 +10,14 @@ from helpers import (
     SPARSE,
     add_lora,
     assert_same,
+    assert_untouched,
     differs,
     flatten_batch,
     gradients,
     lora_model,
     loss_and_gradients,
     make_batch,
+    snapshot,
     tiny_model,
 )
 from transformers import AutoModelForCausalLM
@@ -345,6 +347,22 @@ def test_interrupted_forward_is_forgotten_by_the_next_step(batch):
         hook.remove()
         handle.begin_step(5)
         torch.testing.assert_close(loss(), dense)
+
+
+def test_interrupted_forward_leaves_no_trace_in_checkpointing(batch):
+    model = lora_model()
+    checkpoint(model, reentrant=False)
+    before = snapshot(model)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with sparsify(model, SPARSE):
+        hook = model.base_model.model.model.layers[1].register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(**batch)
+        hook.remove()
+    assert_untouched(model, before)
 
 
 def test_disabled_and_merged_adapters_keep_their_meaning(model, handle, batch):

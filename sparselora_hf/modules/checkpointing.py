@@ -83,9 +83,9 @@ class KeepAttention:
         self.before: list[tuple[nn.Module, functools.partial]] = []
 
     def register(self, decoder: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
-        """Put the hooks on a decoder; returns what removes them."""
+        """Put the hooks on a decoder; returns what removes them, and what a forward left that was interrupted."""
         enter = decoder.register_forward_pre_hook(self.enter)
-        return [enter, decoder.register_forward_hook(self.leave, always_call=True)]
+        return [enter, decoder.register_forward_hook(self.leave, always_call=True), self]
 
     @torch.compiler.disable
     def enter(self, module: nn.Module, args: tuple) -> None:
@@ -102,6 +102,10 @@ class KeepAttention:
     @torch.compiler.disable
     def leave(self, module: nn.Module, args: tuple, output: object) -> None:
         """Take them out again."""
+        self.remove()
+
+    def remove(self) -> None:
+        """Give the layers back what checkpoints them."""
         while self.before:
             layer, func = self.before.pop()
             layer._gradient_checkpointing_func = func
