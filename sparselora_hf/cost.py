@@ -202,12 +202,18 @@ class _Layer:
         _, sparse = self.rows("down_proj")
         return [*self.frozen(["down_proj"]), _Product(sparse if rank else 0, rank, self.model.hidden)]
 
-    def scores(self, rank: int) -> list[_Product]:
-        """Products of the SVD estimator: full width for the MLP, Gram matrices of the rank for attention."""
-        hidden, channels = self.model.hidden, self.model.droppable
-        _, mlp = self.rows("down_proj")
-        _, attention = self.rows("k_proj")
-        factors = [_Product(mlp, hidden, rank, 0), _Product(mlp, rank, channels, 0)] * (self.model.mlp_matrices - 1)
+    def scores(self, rank: int | None, tokens: int | None) -> list[_Product]:
+        """Products that score: by factors, Gram matrices of the rank for attention, or by the weights themselves."""
+        hidden, channels, matrices = self.model.hidden, self.model.droppable, self.model.mlp_matrices - 1
+        mlp, attention = (
+            sparse if tokens is None else min(sparse, tokens)
+            for sparse in (self.rows("down_proj")[1], self.rows("k_proj")[1])
+        )
+        if rank is None:
+            whole, _ = self.widths()
+            projections = [_Product(attention, *whole[name], 0) for name in self.scored()]
+            return [_Product(mlp, hidden, channels, 0)] * matrices + projections
+        factors = [_Product(mlp, hidden, rank, 0), _Product(mlp, rank, channels, 0)] * matrices
         moments = [_Product(attention, hidden, rank, 0), _Product(attention, rank, rank, 0)]
         return factors + moments * len(self.scored())
 
@@ -236,7 +242,8 @@ def layer_cost(
     attention_keep: int | None = None,
     exact: Sequence[str] = (),
     checkpointing: bool = False,
-    rank: int = 0,
+    rank: int | None = 0,
+    score_tokens: int | None = None,
     compensation_rank: int = 0,
 ) -> StepCost:
     """Cost of one decoder layer; the arguments are those of `step_cost`, for a single layer."""
@@ -259,7 +266,7 @@ def layer_cost(
     works["mlp"] += last_work + (Work(0.0, last_work.forward) if closing_again else Work())
     moved = sum(product.bytes(checkpointing) for group_products in products.values() for product in group_products)
     moved += sum(product.bytes(closing_again) for product in closing)
-    return StepCost(**works, estimator=_sum(part.scores(rank)), bytes=moved)
+    return StepCost(**works, estimator=_sum(part.scores(rank, score_tokens)), bytes=moved)
 
 
 def step_cost(
@@ -271,7 +278,8 @@ def step_cost(
     attention_keep: Sequence[int | None] | None = None,
     exact: Sequence[str] = (),
     checkpointing: bool = False,
-    rank: int = 0,
+    rank: int | None = 0,
+    score_tokens: int | None = None,
     compensation_rank: int = 0,
     head: str = "all",
 ) -> StepCost:
@@ -286,7 +294,9 @@ def step_cost(
         exact: savings that change no number, names out of `config.EXACT_SAVINGS`.
         checkpointing: adds a forward pass of the layers to backward (the non-reentrant kind, which ends before a
             closing product without an adapter); channel sets are not scored again.
-        rank: rank of the SVD estimator that scores all context tokens; 0 leaves scoring out.
+        rank: rank of the SVD estimator that scores context tokens, None where the weights themselves do; 0 leaves
+            scoring out.
+        score_tokens: at most this many of them are scored; None takes all.
         compensation_rank: rank of the stand-ins of sparse parts; 0 is none.
         head: positions that TRL scores by itself, ``all`` (CPU) or ``labels`` (GPU). Its fused head computes the
             product again in backward, so there are three of them.
@@ -300,7 +310,8 @@ def step_cost(
     if head not in ("all", "labels"):
         raise ValueError(f"head: {head!r} is not one of all, labels.")
     keeps = (_per_layer("mlp_keep", mlp_keep, model), _per_layer("attention_keep", attention_keep, model))
-    shared = {"exact": exact, "checkpointing": checkpointing, "rank": rank, "compensation_rank": compensation_rank}
+    shared = {"exact": exact, "checkpointing": checkpointing, "compensation_rank": compensation_rank}
+    shared |= {"rank": rank, "score_tokens": score_tokens}
     cost = StepCost()
     for (layer, mlp, attention), times in _kinds(model, zip(*keeps, strict=True)).items():
         cost += layer_cost(model, batch, lora, layer, mlp_keep=mlp, attention_keep=attention, **shared) * times

@@ -98,6 +98,19 @@ def test_estimate_json_of_a_known_shape(capsys):
     assert result["memory_bytes"]["sparse_activations"] < result["memory_bytes"]["dense_activations"]
 
 
+def test_estimate_counts_the_rows_that_a_criterion_scores(capsys):
+    def scores(*settings):
+        assert main(["estimate", "llama-3-8b", "--preset", "llama-3-8b-math", "--json", *settings]) == 0
+        return json.loads(capsys.readouterr().out)["steps"]["sparse"]["groups"]["estimator"]
+
+    context = 8 * (512 - 129)
+    gate_up, inputs = 2 * 4096 * 14336, 4096 * (4096 + 2 * 1024)  # of the 28 and 14 layers that are sparse
+    assert scores("--criterion", "oracle") == 2 * context * (28 * gate_up + 14 * inputs)
+    assert scores("--criterion", "sampled") == pytest.approx(scores("--criterion", "oracle") * 64 / context)
+    assert scores("--score_tokens", "8") == scores("--criterion", "svd_mean") == scores() * 8 / context
+    assert scores("--criterion", "output") == 0
+
+
 def test_estimate_prints_tables(capsys):
     assert main(["estimate", "tiny-229m", "--mlp_sparsity", "0.9", "--batch", "2", "--checkpointing"]) == 0
     output = capsys.readouterr().out

@@ -88,6 +88,15 @@ def test_estimator_and_stand_in():
     assert cost.projections.forward - plain.projections.forward == 2 * 5 * 3 * factors
 
 
+@pytest.mark.parametrize(("tokens", "scored"), [(None, 5), (2, 2), (9, 5)])
+def test_scores_by_the_weights_and_of_some_tokens(tokens, scored):
+    keeps = {"mlp_keep": 4, "attention_keep": 1, "score_tokens": tokens}
+    by_weights, by_factors = (layer_cost(TINY, SMALL, NO_LORA, layer=1, rank=rank, **keeps) for rank in (None, 2))
+    assert by_weights.estimator.forward == 2 * scored * (2 * 8 * 20 + 8 * 8 + 2 * 8 * 4)  # gate and up; q, k and v
+    assert by_factors.estimator.forward == 2 * scored * (2 * (8 * 2 + 2 * 20) + 3 * (8 * 2 + 2 * 2))
+    assert by_weights.estimator.backward == by_factors.estimator.backward == 0
+
+
 def test_normalised_queries_and_keys_are_not_scored_and_need_no_stand_in():
     shape = dataclasses.replace(TINY, sparse_qk=False)
     cost = layer_cost(shape, SMALL, NO_LORA, layer=1, attention_keep=1, rank=2, compensation_rank=3)

@@ -61,10 +61,13 @@ def model_shape(name: str) -> ModelShape:
         raise OSError(f"{name}: no such shape, folder or model within reach. Shapes: {known}. ({error})") from error
 
 
-def _sparse_options(config: SparseLoraConfig) -> dict[str, int]:
-    scored = config.criterion.startswith("svd")
+def _sparse_options(config: SparseLoraConfig, batch: BatchShape) -> dict[str, int | None]:
+    criterion, tokens = config.criterion, config.score_tokens
+    by_weights, by_factors = criterion in ("oracle", "sampled"), criterion.startswith("svd")
+    rows = {"svd_mean": batch.batch, "sampled": tokens or 64}  # the former averages each sequence
     return {
-        "rank": config.rank if scored else 0,
+        "rank": None if by_weights else config.rank if by_factors else 0,
+        "score_tokens": rows.get(criterion, tokens),
         "compensation_rank": config.compensation_rank if config.compensation == "low_rank" else 0,
     }
 
@@ -80,7 +83,7 @@ def estimate(
     keep = {"mlp_keep": mlp_keep, "attention_keep": attention_keep}
     dense = step_cost(model, batch, lora, **shared)
     exact = step_cost(model, batch, lora, exact=config.exact, **shared)
-    sparse = step_cost(model, batch, lora, exact=config.exact, **keep, **_sparse_options(config), **shared)
+    sparse = step_cost(model, batch, lora, exact=config.exact, **keep, **_sparse_options(config, batch), **shared)
     return Estimate(model, batch, lora, config, checkpointing, dense, exact, sparse)
 
 
@@ -102,7 +105,7 @@ def _layer_rows(result: Estimate) -> list[dict[str, Any]]:
         where = (result.model, result.batch, result.lora, layer)
         dense = layer_cost(*where, checkpointing=result.checkpointing)
         sparse = layer_cost(
-            *where, mlp_keep=mlp, attention_keep=attention, **options, **_sparse_options(result.config)
+            *where, mlp_keep=mlp, attention_keep=attention, **options, **_sparse_options(result.config, result.batch)
         )
         kept = {"mlp_keep": mlp, "attention_keep": attention}
         rows.append({"layer": layer, **kept, "dense_flops": dense.linear, "sparse_flops": sparse.linear})
