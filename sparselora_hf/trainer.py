@@ -134,9 +134,19 @@ class SparseLoraTrainer(SFTTrainer):
             self.data_collator = collator
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
-        """Train as `SFTTrainer.train` does; whatever happens, the model is dense afterwards."""
+        """Train as `SFTTrainer.train` does; whatever happens, the model is dense afterwards.
+
+        Raises:
+            ValueError: ``resume_from_checkpoint=True`` and no checkpoint in `args.output_dir` is whole; besides what
+                `SFTTrainer.train` raises.
+        """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = newest_checkpoint(self.args.output_dir) or True
+            resume_from_checkpoint = newest_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:  # `Trainer` would take one that was not written to its end
+                raise ValueError(
+                    f"No valid checkpoint found in output directory ({self.args.output_dir}). Leave "
+                    "resume_from_checkpoint out to start from the beginning."
+                )
         if isinstance(resume_from_checkpoint, (str, os.PathLike)):
             self._restore_config(Path(resume_from_checkpoint))
             self.sparse_handle.source = Path(resume_from_checkpoint)

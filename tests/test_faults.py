@@ -117,6 +117,15 @@ def test_killed_while_a_checkpoint_is_written(tmp_path, place, monkeypatch, capl
     assert "checkpoint-3 was not written to its end" in caplog.text
 
 
+def test_killed_while_the_only_checkpoint_is_written(tmp_path, caplog):
+    """The error is that of a folder without a checkpoint, not of the one that was passed over."""
+    trained(tmp_path, STATIC, **SAVING | {"save_steps": 6})
+    (tmp_path / "checkpoint-6" / "trainer_state.json").unlink()
+    with pytest.raises(ValueError, match=r"No valid checkpoint found .* start from the beginning"):
+        trained(tmp_path, STATIC, resume=True, **SAVING)
+    assert "checkpoint-6 was not written to its end" in caplog.text
+
+
 def test_disk_full_at_a_checkpoint(tmp_path, monkeypatch):
     """The error of the system is the run's; the model is dense, and the checkpoint before is whole."""
     whole = trained(tmp_path / "whole", STATIC, **SAVING)
