@@ -11,6 +11,7 @@ FLOORS = {
     "cache": 0,
     "families": 0,
     "files": 0,
+    "hooks": 0,
     "layers": 0,
     "presets": 0,
     "shapes": 0,

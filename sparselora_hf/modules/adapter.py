@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import nn
 
+from ..hooks import has_hooks
 from ..ops.branch import Branch, add_branch, fork_branch
 from ..ops.projection import Frozen, projections
 from .classes import Patched, Patches, has_own_forward, link_of
@@ -136,18 +137,14 @@ def _plain_branch(layer: nn.Module) -> Branch | None:
     if not (_is_plain(a) and _is_plain(b)) or parts["base_layer"]._forward_hooks:
         return None
     dropout = parts["lora_dropout"]._modules[name]
-    if not isinstance(dropout, nn.Identity) or _has_hooks(dropout):
+    if not isinstance(dropout, nn.Identity) or has_hooks(dropout):
         return None
     return Branch(a._parameters["weight"], b._parameters["weight"], layer.scaling[name])
 
 
 def _is_plain(linear: nn.Module) -> bool:
     """Whether a linear is a product with its weight and nothing else."""
-    return type(linear) is nn.Linear and linear._parameters["bias"] is None and not _has_hooks(linear)
-
-
-def _has_hooks(part: nn.Module) -> bool:
-    return bool(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks)
+    return type(linear) is nn.Linear and linear._parameters["bias"] is None and not has_hooks(linear)
 
 
 def lean_adapters(attentions: Iterable[Mapping[str, nn.Module]]) -> Patches:

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from ..hooks import has_hooks
 from ..ops.context import ContextPart, add_stand_in, context_linear, stand_in_factors
 from ..ops.projection import MixedRows, projection
 from ..ops.quant import frozen_weight
@@ -91,8 +92,7 @@ def is_bare(linear: nn.Module, dtype: torch.dtype | None) -> bool:
     """Whether a linear is nothing but a product with a frozen weight of this type that nobody watches."""
     if (linear._dense_class if isinstance(linear, Patched) else type(linear)) is not nn.Linear:
         return False
-    seen = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
-    if seen or has_own_forward(linear):
+    if has_hooks(linear) or has_own_forward(linear):
         return False
     own = linear._parameters  # not by `nn.Module.__getattr__`, which costs more than all else here
     return _is_frozen(own["weight"], dtype) and _is_frozen(own["bias"], dtype)

@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..hooks import has_hooks
+
 __all__ = ["activation_kind"]
 
 # classes by name: transformers' and torch's own
@@ -26,13 +28,8 @@ def activation_kind(activation: Callable[[torch.Tensor], torch.Tensor]) -> str |
     """``silu``, ``gelu``, ``gelu_tanh``, ``relu``, or None for any other function, and for a module with hooks."""
     if not isinstance(activation, nn.Module):
         return _FUNCTIONS.get(activation)
-    if _has_hooks(activation):
+    if has_hooks(activation):
         return None
     if type(activation) is nn.GELU:
         return _APPROXIMATE[activation.approximate]
     return _CLASSES.get(type(activation).__name__)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    before, after = module._forward_pre_hooks, module._forward_hooks
-    return bool(before or after or module._backward_pre_hooks or module._backward_hooks)
