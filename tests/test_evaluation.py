@@ -420,10 +420,14 @@ def test_verdicts_of_evalplus(tmp_path, monkeypatch):
     tasks = {"HumanEval/0": ("pass", "pass"), "HumanEval/1": ("pass", "fail"), "HumanEval/2": ("fail", "fail")}
     told = {"eval": {name: [{"base_status": a, "plus_status": b}] for name, (a, b) in tasks.items()}}
 
+    write = subprocess.run
+
     def evalplus(command, **kwargs):
         assert command[1:] == ["-m", "evalplus.evaluate", "--dataset", "humaneval", "--samples", str(samples)]
         assert not verdicts.exists()
         verdicts.write_text(json.dumps(told))
+        # generated code may write what is no text past evalplus's sandbox
+        return write([sys.executable, "-c", "import os; os.write(1, b'\\xff'); os.write(2, b'\\xfe')"], **kwargs)
 
     monkeypatch.setattr("sparselora_hf.evaluation.exports.find_spec", lambda name: True)
     monkeypatch.setattr(subprocess, "run", evalplus)

@@ -80,7 +80,8 @@ def run_evalplus(samples: Path) -> dict[str, Any]:
     verdicts = samples.with_name(f"{samples.stem}_eval_results.json")
     verdicts.unlink(missing_ok=True)  # evalplus would take them for those of these samples
     command = [sys.executable, "-m", "evalplus.evaluate", "--dataset", "humaneval", "--samples", str(samples)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    # what generated code writes past evalplus's sandbox need not be text
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace")
     if not verdicts.is_file():
         last = (done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()[-1]
         raise OSError(f"evalplus gave no verdicts on {samples}: {last}")
