@@ -185,6 +185,8 @@ def test_greedy_whatever_the_models_own_settings_say(tokenizer):
     want = Generator(model, tokenizer, Sampling(6)).answer(["one two"], 0)
     model.generation_config.update(do_sample=True, temperature=5.0, top_k=50)
     assert Generator(model, tokenizer, Sampling(6)).answer(["one two"], 1) == want
+    model.generation_config.update(repetition_penalty=50.0, no_repeat_ngram_size=1, num_beams=3)
+    assert Generator(model, tokenizer, Sampling(6)).answer(["one two"], 1) == want
 
 
 def test_an_answer_ends_where_training_ended_it(tokenizer):

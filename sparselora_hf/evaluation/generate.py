@@ -7,7 +7,9 @@ from typing import Any
 __all__ = ["Generator", "Sampling"]
 
 
-_GREEDY = {"temperature": None, "top_p": None, "top_k": None}  # whatever the model's own settings say
+# whatever the model's own settings say: the likeliest token every time, or drawn by its probability
+_PLAIN = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+_GREEDY = {"temperature": None, "top_p": None, "top_k": None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +107,7 @@ class Generator:
             "num_return_sequences": draw.samples,
             "pad_token_id": self._pad,
             "eos_token_id": self._ends() or None,
+            **_PLAIN,
             **chance,
         }
 
