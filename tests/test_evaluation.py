@@ -25,7 +25,7 @@ from sparselora_hf.evaluation.answers import AnswerFile
 from sparselora_hf.evaluation.asking import Asker
 from sparselora_hf.evaluation.exports import run_evalplus, solution
 from sparselora_hf.evaluation.generate import Generator, Sampling
-from sparselora_hf.evaluation.models import load_model
+from sparselora_hf.evaluation.models import adapter_hash, load_model
 from sparselora_hf.evaluation.tasks import GROUPS, TASKS, find_tasks, load_questions
 from sparselora_hf.formats import FORMATS
 
@@ -443,7 +443,7 @@ def test_lm_eval_has_the_rest(world, tmp_path, monkeypatch, capsys):
 
     class TaskManager:
         def match_tasks(self, names):
-            return [name for name in names if name == "hellaswag"]
+            return [name for name in names if name in ("hellaswag", "both")]
 
     class HFLM:
         def __init__(self, pretrained, **keywords):
@@ -451,7 +451,8 @@ def test_lm_eval_has_the_rest(world, tmp_path, monkeypatch, capsys):
 
     def simple_evaluate(model, **keywords):
         calls.update(keywords, model=model)
-        return {"results": {"hellaswag": {"acc,none": 0.25, "alias": "hellaswag"}}}
+        names = ["one", "two"] if keywords["tasks"] == ["both"] else ["hellaswag"]
+        return {"results": {name: {"acc,none": 0.25, "alias": name} for name in names}}
 
     names = {"": simple_evaluate, ".tasks": TaskManager, ".models": None, ".models.huggingface": HFLM}
     for name, what in names.items():
@@ -465,8 +466,14 @@ def test_lm_eval_has_the_rest(world, tmp_path, monkeypatch, capsys):
     assert isinstance(calls["pretrained"], PeftModel)
     assert len(calls["tokenizer"]) == len(LETTERS) + 3
     assert "lm_eval:hellaswag acc,none 0.25" in capsys.readouterr().out
-    assert json.loads((tmp_path / "results.json").read_text())["lm_eval:hellaswag"]["acc,none"] == 0.25
-    assert "no task 'none'" in error_of(capsys, lambda: run(world, "--task", "lm_eval:none"))
+    result = json.loads((tmp_path / "results.json").read_text())["lm_eval:hellaswag"]
+    assert (result["acc,none"], result["settings"]["limit"], result["adapter"]) == (0.25, 3, str(world / "adapter"))
+    assert result["settings"]["adapter"] == adapter_hash(str(world / "adapter"))
+    assert run(world, "--task", "lm_eval:both", "--output", str(tmp_path / "tag")) == 0  # a tag has no figures itself
+    assert list(json.loads((tmp_path / "tag" / "results.json").read_text())) == ["lm_eval:one", "lm_eval:two"]
+    call = lambda: run(world, "--task", "boolq", "lm_eval:none", "--output", str(tmp_path / "none"))  # noqa: E731
+    assert "no task 'none'" in error_of(capsys, call)
+    assert not (tmp_path / "none").exists()  # before a question of another task is asked
 
 
 def test_a_second_training_into_the_same_folder_is_evaluated_anew(world, tmp_path):
@@ -478,6 +485,9 @@ def test_a_second_training_into_the_same_folder_is_evaluated_anew(world, tmp_pat
         return sft.evaluate(sft.parse([*flags, "--eval_data", str(world / "data"), "--eval_tasks", *tasks]))
 
     save_adapter(tmp_path, world / "base")
+    results = tmp_path / "eval" / "results.json"
+    results.parent.mkdir()
+    results.write_text(json.dumps({"lm_eval:x": {"score": 1.0, "settings": {"adapter": "an earlier one's"}}}))
     assert set(evaluated("boolq", "piqa")) == {"boolq", "piqa"}
     first = json.loads((tmp_path / "eval" / "results.json").read_text())
     weights = load_file(tmp_path / "adapter_model.safetensors")

@@ -94,6 +94,13 @@ class _Evaluation:
             self._loaded = load_model(self.base, args.adapter, *options)
         return self._loaded
 
+    def settings(self) -> dict[str, Any]:
+        """What the results of every task depend on."""
+        args = self.args
+        told = {"model": self.base, "weights": self.weights, "adapter": self.adapter}
+        told |= {"model_revision": args.model_revision, "batch_size": args.batch_size}
+        return told | {"dtype": args.dtype, "load_in_4bit": args.load_in_4bit, "limit": args.limit}
+
     def run(self, task: Any, progress: Any) -> dict[str, Any]:
         """Answer and score one task."""
         import dataclasses
@@ -108,10 +115,8 @@ class _Evaluation:
         model, tokenizer = self.model()
         prompt_format = args.prompt_format or _trained_format(args.adapter) or task.prompt_format
         asker = Asker(prompt_format, tokenizer)
-        settings = {"task": task.name, "model": self.base, "weights": self.weights, "adapter": self.adapter}
-        settings |= {"model_revision": args.model_revision, "prompt_format": prompt_format}
-        settings |= {**dataclasses.asdict(sampling), "batch_size": args.batch_size}
-        settings |= {"dtype": args.dtype, "load_in_4bit": args.load_in_4bit, "limit": args.limit}
+        settings = {"task": task.name, **self.settings(), "prompt_format": prompt_format}
+        settings |= dataclasses.asdict(sampling)
         settings["questions"] = fingerprint([asker.prompt(question.turns, []) for question in questions])
         file = AnswerFile(self.output / f"{task.name}.answers.jsonl", settings, args.overwrite)
         answer_all(questions, asker, Generator(model, tokenizer, sampling), file, args.batch_size, progress)
@@ -151,7 +156,7 @@ def main(argv: Sequence[str]) -> int:
     args = _parser().parse_args(argv)
     from rich.console import Console
 
-    from ..evaluation.harness import PREFIX, run_harness
+    from ..evaluation.harness import PREFIX, check_harness, run_harness
     from ..evaluation.models import base_of
     from ..evaluation.tasks import find_tasks
 
@@ -159,6 +164,7 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError("Name an adapter, or a model alone with --model.")
     foreign = [name.removeprefix(PREFIX) for name in args.task if name.startswith(PREFIX)]
     tasks = find_tasks([name for name in args.task if not name.startswith(PREFIX)])
+    check_harness(foreign)
     own = base_of(args.adapter) if args.adapter else None
     evaluation = _Evaluation(args, args.model or own, tasks)
     console = Console(soft_wrap=True, markup=False, highlight=False)
@@ -167,9 +173,10 @@ def main(argv: Sequence[str]) -> int:
         _write(evaluation.output, task.name, result)
         console.print(_line(task.name, result))
     for name in foreign:
-        result = run_harness(name, evaluation.model, args.batch_size, args.limit)
-        _write(evaluation.output, PREFIX + name, result)
-        console.print(_line(PREFIX + name, result))
+        for each, figures in run_harness(name, evaluation.model, args.batch_size, args.limit).items():
+            result = {**figures, "adapter": args.adapter, "settings": evaluation.settings()}
+            _write(evaluation.output, PREFIX + each, result)
+            console.print(_line(PREFIX + each, result))
     return 0
 
 

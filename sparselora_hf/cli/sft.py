@@ -174,7 +174,10 @@ def _forget_replaced(folder: Path) -> None:
             settings = json.loads(file.readline() or "{}")
         if settings.get("adapter") != adapter:
             path.unlink()
-            path.with_name(RESULTS).unlink(missing_ok=True)
+    results = folder / "eval" / RESULTS
+    told = json.loads(results.read_text(encoding="utf-8")).values() if results.is_file() else ()
+    if any(result.get("settings", {}).get("adapter") != adapter for result in told):
+        results.unlink()
 
 
 def evaluate(recipe: Recipe) -> dict[str, float]:
@@ -216,9 +219,10 @@ def evaluate(recipe: Recipe) -> dict[str, float]:
 
 def _check_tasks(recipe: Recipe) -> None:
     """Say before the training what would go wrong after it."""
-    from ..evaluation.harness import PREFIX
+    from ..evaluation.harness import PREFIX, check_harness
     from ..evaluation.tasks import find_tasks, load_questions
 
+    check_harness([name.removeprefix(PREFIX) for name in recipe.data.eval_tasks if name.startswith(PREFIX)])
     tasks = find_tasks([name for name in recipe.data.eval_tasks if not name.startswith(PREFIX)])
     if tasks and recipe.data.prompt_format == "text_split":
         raise ValueError(
