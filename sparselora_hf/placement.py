@@ -11,7 +11,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .decoder import Layer, projections
 from .families import ModelFamily
-from .ops.quant import is_repacked, why_unreadable
+from .ops.quant import is_repacked, is_stored_packed, why_unreadable
 from .views import base_linear
 
 __all__ = ["check_engine", "check_units", "check_weights"]
@@ -57,7 +57,7 @@ def _obstacle(linear: nn.Module) -> str:
         )
     if weight.numel() == 0:
         return f"is empty: DeepSpeed ZeRO-3 keeps it elsewhere. {_INSTEAD}"
-    if weight.is_floating_point() and not _is_finite(weight):
+    if weight.is_floating_point() and not is_stored_packed(linear) and not _is_finite(weight):
         return "holds NaN or infinity. The checkpoint is damaged: load it again."
     return ""
 

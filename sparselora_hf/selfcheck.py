@@ -16,6 +16,7 @@ from torch import nn
 from .channels import ChannelSelection
 from .families import ModelFamily
 from .modules.classes import Patched, link_of
+from .ops.quant import is_stored_packed
 from .ops.seeded import seeded
 from .parts import Part
 from .plan import IGNORE_INDEX, TokenPlan
@@ -78,10 +79,10 @@ def difference(state: SparseState, layer: int, part: Part, family: ModelFamily) 
             _Run(role, part.modules[role], linear, readers.get(role), linear.in_features)
             for role, linear in linears.items()
         ]
-    weight, before = linears.popitem()[1].weight, state.batch
-    batch = _batch(layer, part, family, weight.device)
+    linear, before = linears.popitem()[1], state.batch
+    batch = _batch(layer, part, family, linear.weight.device)
     try:
-        return next(filter(None, (_compare(state, batch, run, weight) for run in runs)), "")
+        return next(filter(None, (_compare(state, batch, run, linear) for run in runs)), "")
     finally:
         state.batch = before
 
@@ -103,9 +104,10 @@ def _batch(layer: int, part: Part, family: ModelFamily, device: torch.device) ->
     return batch
 
 
-def _compare(state: SparseState, batch: _WholeBatch, run: _Run, weight: torch.Tensor) -> str:
+def _compare(state: SparseState, batch: _WholeBatch, run: _Run, linear: nn.Module) -> str:
     """Run a module on rows without a batch, as if unpatched, and with one."""
-    quantised, link = not weight.is_floating_point(), link_of(run.patched)
+    weight, link = linear.weight, link_of(run.patched)
+    quantised = is_stored_packed(linear)  # bytes in 4 bits may be stored as floats
     x = torch.randn(1, _ROWS, run.width, generator=torch.Generator().manual_seed(0), device="cpu")
     x = x.to(weight.device, torch.float32 if quantised else weight.dtype)
     state.batch, outputs = batch, []

@@ -233,6 +233,24 @@ def test_weights_keep_the_layout_that_has_gradients(batch):
     assert [linear.support_avx512bf16_for_cpu for linear in linears] == before
 
 
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("compute", [torch.bfloat16, torch.float32], ids=str)
+def test_packed_bytes_stored_as_floats(compute, storage, batch):
+    """As FSDP wants them: the bytes, read as floats, may be NaN and mean nothing."""
+    model = add_lora(quantise(tiny_model(), compute=compute), ALL).train()
+    linears = [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
+    for linear in linears:
+        linear.weight.data.view(-1)[:4] = 255  # NaN in every type
+    with sparsify(model, SPARSE, progress=False) as handle:
+        outcomes = [(d.name, d.outcome) for d in handle.decisions]
+    want = sparse_result(model, batch, SPARSE)
+    for linear in linears:
+        linear.weight.data = linear.weight.data.view(-1).view(storage)[:, None]
+    with sparsify(model, SPARSE, progress=False) as handle:
+        assert [(d.name, d.outcome) for d in handle.decisions] == outcomes
+    assert_same(sparse_result(model, batch, SPARSE), want, 1e-6)
+
+
 def test_a_repacked_weight_is_refused():
     model, _ = pair()
     model.base_model.model.model.layers[1].mlp.up_proj.weight.quant_state.packing_format_for_cpu = True

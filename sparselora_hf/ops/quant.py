@@ -25,6 +25,7 @@ __all__ = [
     "Weight8bit",
     "frozen_weight",
     "is_repacked",
+    "is_stored_packed",
     "read_columns",
     "read_rows",
     "read_whole",
@@ -309,6 +310,11 @@ def why_unreadable(linear: nn.Module) -> str:
         return f"a {name}, not a plain linear"
     weight = type(linear.weight)
     return f"a linear with a {weight.__name__}: {hint}" if weight.__module__.startswith("torchao.") else ""
+
+
+def is_stored_packed(linear: nn.Module) -> bool:
+    """Whether the weight of a linear is one of bitsandbytes, whose bytes may be stored as if they were floats."""
+    return _kind(linear) is not None
 
 
 def is_repacked(linear: nn.Module) -> bool:
