@@ -64,10 +64,15 @@ def check_model(model: nn.Module, config: SparseLoraConfig, family: ModelFamily 
 
     Raises:
         ValueError: no Hugging Face model, or one wrapped for several devices, unknown family, a layer that does not
-            exist, a rank above a weight's, a weight that holds NaN or is not whole in this process.
+            exist, a rank above a scored weight's, a weight that holds NaN or is not whole in this process.
     """
     family = _check_config(model, config, family)
-    check_weights(list(decoder_layers(model, config, family)), family)
+    layers = list(decoder_layers(model, config, family))
+    check_weights(layers, family)
+    if CRITERIA[config.criterion].needs_rank:
+        normalised = family.normalises_queries(causal_model(model).config.get_text_config())
+        for layer in layers:
+            _check_rank(layer, config, family, normalised)
     return family
 
 
@@ -85,10 +90,21 @@ def _check_config(model: nn.Module, config: SparseLoraConfig, family: ModelFamil
     text_config = causal_model(model).config.get_text_config()
     family = family or find_family(text_config.model_type)
     config.layer_sparsity(text_config.num_hidden_layers)
-    smallest = min(text_config.hidden_size, text_config.intermediate_size)
-    if config.is_sparse and CRITERIA[config.criterion].needs_factors and config.rank > smallest:
-        raise ValueError(f"rank: {config.rank} exceeds {smallest}, the smallest side of a weight. Lower the rank.")
     return family
+
+
+def _check_rank(layer: Layer, config: SparseLoraConfig, family: ModelFamily, normalised: bool) -> None:
+    """Refuse a rank above that of a weight by which channels are scored: key and value are the narrowest."""
+    parts = [attention_part(layer, family, config, normalised)]
+    if layer.mlp is not None:
+        parts.append(mlp_part(layer, family, config))
+    for part in parts:
+        is_sparse = part.keep < part.width and (part.worth.ever or not config.dense_if_slower)
+        if is_sparse and config.rank > min(part.hidden, part.width):
+            raise ValueError(
+                f"rank: {config.rank} exceeds {min(part.hidden, part.width)}, the smallest side of a weight of "
+                f"{part.name}. Lower the rank."
+            )
 
 
 def check_adapters(model: nn.Module) -> None:

@@ -34,6 +34,7 @@ class Criterion:
         config: configuration of the run.
     """
 
+    needs_rank = False
     needs_factors = False
     reads_output = False
     default_tokens: int | None = None
@@ -119,6 +120,7 @@ class SampledCriterion(Criterion):
 class SvdCriterion(Criterion):
     """Rank-r factors in place of the weights, all context tokens scored: the paper's estimator (section 3.2)."""
 
+    needs_rank = True
     needs_factors = True
 
     def __init__(

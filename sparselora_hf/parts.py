@@ -30,6 +30,7 @@ class Part:
         modules: its linears by role, as they stand in the model.
         kinds: channel sets that it keeps: ``mlp``, or ``qk`` and ``vo``, or ``vo`` alone.
         width: its channels (kv channels of an attention).
+        hidden: width of the residual stream, which it reads.
         keep: how many of them are to be kept.
         worth: what that would gain.
         note: what the report says of it where it is sparse.
@@ -40,6 +41,7 @@ class Part:
     modules: dict[str, nn.Module]
     kinds: tuple[str, ...]
     width: int
+    hidden: int
     keep: int
     worth: Worth
     note: str = ""
@@ -58,7 +60,7 @@ def attention_part(layer: Layer, family: ModelFamily, config: SparseLoraConfig, 
     worth = attention_worth(view.hidden, view.layout, keep, _device(view.o.module), len(kinds), stand_in_rank(config))
     name = f"{layer.name}.{family.attention}"
     note = _NORMALISED if normalised else ""
-    return Part(name, layer.attention, view.modules, kinds, view.layout.kv_width, keep, worth, note)
+    return Part(name, layer.attention, view.modules, kinds, view.layout.kv_width, view.hidden, keep, worth, note)
 
 
 def mlp_part(layer: Layer, family: ModelFamily, config: SparseLoraConfig) -> Part:
@@ -67,7 +69,8 @@ def mlp_part(layer: Layer, family: ModelFamily, config: SparseLoraConfig) -> Par
     keep = kept_channels(view.width, layer.mlp_sparsity)
     rank, device = stand_in_rank(config), _device(view.down.module)
     worth = mlp_worth(view.hidden, view.width, keep, rank, device, len(view.inputs) + 1)
-    return Part(f"{layer.name}.{layer.mlp_name}", layer.mlp, view.modules, ("mlp",), view.width, keep, worth)
+    name = f"{layer.name}.{layer.mlp_name}"
+    return Part(name, layer.mlp, view.modules, ("mlp",), view.width, view.hidden, keep, worth)
 
 
 def stand_in_rank(config: SparseLoraConfig) -> int:

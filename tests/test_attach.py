@@ -177,8 +177,21 @@ WRONG = {
     "no LoRA": (tiny_model, SPARSE, "carries no LoRA adapter.*peft_config"),
     "LoRA on lm_head": (lambda: lora_model(targets=("q_proj", "lm_head")), SPARSE, "lm_head is not supported"),
     "unknown family": (lambda: _as_gpt(lora_model()), SPARSE, "'gptj' is not known. Known: cohere, .*llama, .*qwen2"),
-    "rank": (lora_model, SPARSE.replace(rank=65), "rank: 65 exceeds 64"),
-    "rank of key and value": (lora_model, SPARSE.replace(rank=33), "rank"),
+    "rank": (
+        lora_model,
+        SPARSE.replace(rank=65, attention_sparsity=0.0),
+        r"rank: 65 exceeds 64, .* of .*model.layers.0.mlp. Lower",
+    ),
+    "rank of key and value": (
+        lora_model,
+        SPARSE.replace(rank=33),
+        r"rank: 33 exceeds 32, .* of .*model.layers.1.self_attn. Lower",
+    ),
+    "rank of whitened factors": (
+        lora_model,
+        SPARSE.replace(rank=33, criterion="svd_whitened"),
+        r"rank: 33 exceeds 32, .* of .*model.layers.1.self_attn. Lower",
+    ),
     "layers": (
         lora_model,
         SPARSE.replace(mlp_sparsity={"1-3": 0.5}),
@@ -199,6 +212,11 @@ def test_wrong_input(make, config, message):
     if before:
         assert_untouched(model, before)
     assert not any("Sparse" in type(module).__name__ for module in model.modules())
+
+
+def test_rank_of_a_dense_part():
+    with sparsify(lora_model(), SPARSE.replace(rank=64, attention_sparsity=0.0)) as handle:
+        assert handle.decisions[1].outcome == "sparse"
 
 
 def test_already_sparse():
