@@ -194,7 +194,7 @@ class Calibration:
         for learned, kind in ((self.factors, "factors"), (self.factor_stand_ins, "factor_stand_ins")):
             learned.update({key: LowRank(**parts) for key, parts in factors[kind].items()})
         self.stand_ins.update({layer: StandIn(**parts) for layer, parts in stand_ins.items()})
-        self.fitted = bool(tensors)
+        self.fitted = True  # also where nothing was to be fitted: means are of MLPs alone
 
 
 def _root_of_moment(x: torch.Tensor) -> torch.Tensor:

@@ -229,7 +229,7 @@ class SparseLoraHandle:
         if not (rank_and_world()[0] == 0 if write is None else write):
             return
         Path(folder).mkdir(parents=True, exist_ok=True)
-        if tensors:
+        if self.config.needs_statistics:
             tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
             metadata = {_PARTS: " ".join(sorted(self._sparse_parts()))} if self.is_attached else None
             write_atomically(Path(folder) / CALIBRATION_FILE, save(tensors, metadata))

@@ -110,6 +110,16 @@ def test_resumed_run_gives_the_losses_of_the_uninterrupted_one(tmp_path, config,
     assert resumed.losses == pytest.approx(whole.losses[step:], rel=1e-6)
 
 
+@pytest.mark.parametrize("step", [1, 4], ids=["before sparsity", "after"])
+def test_resumed_run_whose_fit_holds_nothing(tmp_path, step):
+    """Means make up for channels of MLPs alone."""
+    config = SPARSE.replace(mlp_sparsity=0.0, compensation="mean")
+    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 6}
+    whole = trained(tmp_path, config, **settings)
+    resumed = trained(tmp_path, config, resume=str(tmp_path / f"checkpoint-{step}"), **settings)
+    assert resumed.losses == pytest.approx(whole.losses[step:], rel=1e-6)
+
+
 @pytest.mark.parametrize("step", range(1, 6))
 def test_any_step_can_be_resumed_from(tmp_path, step):
     """Also the one before sparsity starts, whose checkpoint holds a sample that nothing was fitted to yet."""
