@@ -25,7 +25,7 @@ from sparselora_hf.evaluation.answers import AnswerFile
 from sparselora_hf.evaluation.asking import Asker
 from sparselora_hf.evaluation.exports import run_evalplus, solution
 from sparselora_hf.evaluation.generate import Generator, Sampling
-from sparselora_hf.evaluation.models import adapter_hash, load_model
+from sparselora_hf.evaluation.models import QLORA, adapter_hash, load_model
 from sparselora_hf.evaluation.tasks import GROUPS, TASKS, find_tasks, load_questions
 from sparselora_hf.formats import FORMATS
 
@@ -439,7 +439,7 @@ def test_verdicts_of_evalplus(tmp_path, monkeypatch):
 
 def test_lm_eval_has_the_rest(world, tmp_path, monkeypatch, capsys):
     calls = {}
-    monkeypatch.setattr("sparselora_hf.evaluation.models._four_bit", lambda: calls.update(four_bit=True))
+    monkeypatch.setattr("transformers.BitsAndBytesConfig", lambda **keywords: calls.update(quantised=keywords))
 
     class TaskManager:
         def match_tasks(self, names):
@@ -462,7 +462,7 @@ def test_lm_eval_has_the_rest(world, tmp_path, monkeypatch, capsys):
     flags = ("--limit", "3", "--load-in-4bit", "--batch-size", "4", "--output", str(tmp_path))
     assert run(world, "--task", "lm_eval:hellaswag", *flags) == 0
     assert (calls["tasks"], calls["limit"], calls["batch_size"]) == (["hellaswag"], 3, 4)
-    assert calls["four_bit"]
+    assert calls["quantised"] == QLORA
     assert isinstance(calls["pretrained"], PeftModel)
     assert len(calls["tokenizer"]) == len(LETTERS) + 3
     assert "lm_eval:hellaswag acc,none 0.25" in capsys.readouterr().out
@@ -547,6 +547,38 @@ def test_the_evaluation_loads_the_base_as_the_training_did(world, tmp_path, monk
     assert told == [("v2", True), ("v2", True)]
     results = json.loads((tmp_path / "eval" / "results.json").read_text())
     assert results["boolq"]["settings"]["model_revision"] == "v2"
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--load_in_4bit", "--bnb_4bit_quant_type", "fp4"),
+        ("--load_in_8bit",),
+        ("--load_in_4bit", "--dtype", "bfloat16"),
+    ],
+    ids=["fp4", "int8", "nf4"],
+)
+def test_the_evaluation_quantises_the_base_as_the_training_did(world, tmp_path, monkeypatch, tokenizer, flags):
+    pytest.importorskip("trl")
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM
+    from trl import get_quantization_config
+
+    from sparselora_hf.cli import sft
+
+    told, load = [], AutoModelForCausalLM.from_pretrained
+    noted = lambda *args, **keywords: told.append(keywords["quantization_config"]) or load(*args, **keywords)  # noqa: E731
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", noted)
+    wide = {"intermediate_size": 128, "max_position_embeddings": 4096}  # on a CPU whole blocks of 64
+    tiny_model(layers=2, **wide).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    adapter = save_adapter(tmp_path / "adapter", tmp_path / "base", **wide)
+    argv = ["--model_name_or_path", str(tmp_path / "base"), "--dataset_name", "rows", "--output_dir", adapter, *flags]
+    recipe = sft.parse([*argv, "--eval_data", str(world / "data"), "--eval_tasks", "boolq"])
+    sft.evaluate(recipe)
+    assert run(tmp_path, "--task", "boolq", "--data", str(world / "data"), "--overwrite") == 0  # from the notes
+    want = get_quantization_config(recipe.model).to_dict()
+    assert [given.to_dict() for given in told] == [want, want]
 
 
 # errors

@@ -38,20 +38,22 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--top-p", type=float, default=0.9)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="auto", help="type of the weights")
-    parser.add_argument("--load-in-4bit", action="store_true", help="load the base model in 4 bits")
+    parser.add_argument(
+        "--load-in-4bit", action="store_true", help="as QLoRA does, where the training noted no other way"
+    )
     parser.add_argument("--run-code", action="store_true", help="run generated code in evalplus's sandbox")
     parser.add_argument("--overwrite", action="store_true", help="answer anew what was answered before")
     return parser
 
 
-def _trained_format(adapter: str | None) -> str | None:
-    """Prompt format that `sparselora sft` noted beside the adapter."""
+def _notes(folder: str) -> dict[str, Any]:
+    """What `sparselora sft` noted beside an adapter, or a whole model: prompt format, settings of quantisation."""
     import yaml
 
     from .recipe import DATA_FILE
 
-    path = Path(adapter or "") / DATA_FILE
-    return yaml.safe_load(path.read_text(encoding="utf-8"))["prompt_format"] if adapter and path.is_file() else None
+    path = Path(folder) / DATA_FILE
+    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _sampling(task: Any, args: argparse.Namespace) -> Any:
@@ -83,14 +85,16 @@ class _Evaluation:
                 raise ValueError(f"samples: in the conversations of {name} every turn has one answer. Leave it out.")
         self.adapter = adapter_hash(args.adapter) or args.adapter
         self.weights = weights_mark(base)
+        self.notes = _notes(args.adapter or base)
         self._loaded: tuple[Any, Any] | None = None
 
     def model(self) -> tuple[Any, Any]:
-        from ..evaluation.models import load_model
+        from ..evaluation.models import QLORA, load_model
 
         if self._loaded is None:
             args = self.args
-            options = (args.dtype, args.load_in_4bit, args.model_revision, args.trust_remote_code)
+            quantization = self.notes.get("quantization") or (QLORA if args.load_in_4bit else None)
+            options = (args.dtype, quantization, args.model_revision, args.trust_remote_code)
             self._loaded = load_model(self.base, args.adapter, *options)
         return self._loaded
 
@@ -99,7 +103,8 @@ class _Evaluation:
         args = self.args
         told = {"model": self.base, "weights": self.weights, "adapter": self.adapter}
         told |= {"model_revision": args.model_revision, "batch_size": args.batch_size}
-        return told | {"dtype": args.dtype, "load_in_4bit": args.load_in_4bit, "limit": args.limit}
+        told |= {"quantization": self.notes.get("quantization"), "load_in_4bit": args.load_in_4bit}
+        return told | {"dtype": args.dtype, "limit": args.limit}
 
     def run(self, task: Any, progress: Any) -> dict[str, Any]:
         """Answer and score one task."""
@@ -113,7 +118,7 @@ class _Evaluation:
 
         args, questions, sampling = self.args, self.questions[task.name], self.sampling[task.name]
         model, tokenizer = self.model()
-        prompt_format = args.prompt_format or _trained_format(args.adapter) or task.prompt_format
+        prompt_format = args.prompt_format or self.notes.get("prompt_format") or task.prompt_format
         asker = Asker(prompt_format, tokenizer)
         settings = {"task": task.name, **self.settings(), "prompt_format": prompt_format}
         settings |= dataclasses.asdict(sampling)

@@ -153,10 +153,15 @@ def _widen_adapters(model: Any) -> None:
 
 
 def _note_data(recipe: Recipe) -> None:
-    """Write beside the adapter how its prompts were made, for evaluation to ask in the same words."""
+    """Write beside the adapter how prompts were made and the base was quantised, for evaluation to do the same."""
     import yaml
+    from trl import get_quantization_config
 
     notes = {"prompt_format": recipe.data.prompt_format, "dataset": recipe.script.dataset_name}
+    quantization = get_quantization_config(recipe.model)
+    if quantization is not None:
+        told = quantization.to_dict().items()
+        notes["quantization"] = {name: value for name, value in told if name.startswith(("load_", "llm_", "bnb_"))}
     path = Path(recipe.training.output_dir) / DATA_FILE
     path.write_text(yaml.safe_dump(notes), encoding="utf-8")
 
@@ -202,13 +207,11 @@ def evaluate(recipe: Recipe) -> dict[str, float]:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     flags = [str(folder)]
-    if not recipe.model.use_peft:  # a whole model, which does not note its prompt format
+    if not recipe.model.use_peft:  # a whole model
         flags = ["--overwrite", "--model", str(folder)]
-        flags += ["--prompt-format", data.prompt_format] if data.prompt_format else []
     flags += ["--task", *data.eval_tasks]
     flags += ["--batch-size", str(recipe.training.per_device_eval_batch_size)]
     flags += ["--data", data.eval_data] if data.eval_data else []
-    flags += ["--load-in-4bit"] if recipe.model.load_in_4bit else []
     flags += ["--model-revision", recipe.model.model_revision]
     flags += ["--trust-remote-code"] if recipe.training.trust_remote_code else []
     flags += ["--max-new-tokens", "8", "--limit", "1", "--overwrite"] if data.smoke else []

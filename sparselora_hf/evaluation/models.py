@@ -1,14 +1,23 @@
 """The model under evaluation: a base model with an adapter that belongs to it."""
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers.utils import logging
 
-__all__ = ["adapter_hash", "base_of", "load_model", "weights_mark"]
+__all__ = ["QLORA", "adapter_hash", "base_of", "load_model", "weights_mark"]
 
 logger = logging.get_logger(__name__)
+
+# as QLoRA trains (arXiv 2305.14314)
+QLORA = {
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
+    "bnb_4bit_compute_dtype": "bfloat16",
+}
 
 
 def base_of(adapter: str) -> str:
@@ -49,7 +58,7 @@ def load_model(
     base: str,
     adapter: str | None,
     dtype: str = "auto",
-    four_bit: bool = False,
+    quantization: Mapping[str, Any] | None = None,
     revision: str = "main",
     trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
@@ -59,7 +68,7 @@ def load_model(
         base: name or folder of the base model.
         adapter: name or folder of the adapter; None takes the base alone.
         dtype: type of the weights; ``auto`` is the checkpoint's, float32 without an accelerator.
-        four_bit: load the base in 4 bits, as QLoRA trains it.
+        quantization: settings of `BitsAndBytesConfig`; None loads the base as its checkpoint is.
         revision: branch, tag or commit of a base on the hub.
         trust_remote_code: run code that comes with the base.
 
@@ -68,14 +77,14 @@ def load_model(
         ValueError: the adapter is of another base model, or `dtype` is no type.
     """
     import torch
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, BitsAndBytesConfig
 
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"dtype: {dtype!r} is neither auto nor a type of torch, as bfloat16 is.")
     on_cpu = not torch.accelerator.is_available()
     dtype = "float32" if on_cpu and dtype == "auto" else dtype
     source = {"revision": revision, "trust_remote_code": trust_remote_code}
-    extra = {"quantization_config": _four_bit()} if four_bit else {}
+    extra = {"quantization_config": BitsAndBytesConfig(**quantization)} if quantization else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(_tokenizer_of(base, adapter), **source)
         model = _kind_of(base, source).from_pretrained(
@@ -102,18 +111,6 @@ def _kind_of(base: str, source: dict[str, Any]) -> Any:
 def _tokenizer_of(base: str, adapter: str | None) -> str:
     """Where the tokenizer is: a training saves its own, with the chat template and end token that it was told."""
     return adapter if adapter and (Path(adapter) / "tokenizer_config.json").is_file() else base
-
-
-def _four_bit() -> Any:
-    import torch
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
 
 
 def _with_adapter(model: Any, base: str, adapter: str) -> Any:
