@@ -431,10 +431,22 @@ def test_verdicts_of_evalplus(tmp_path, monkeypatch):
         # generated code may write what is no text past evalplus's sandbox
         return write([sys.executable, "-c", "import os; os.write(1, b'\\xff'); os.write(2, b'\\xfe')"], **kwargs)
 
-    monkeypatch.setattr("sparselora_hf.evaluation.exports.find_spec", lambda name: True)
     monkeypatch.setattr(subprocess, "run", evalplus)
     figures = run_evalplus(samples)
     assert (figures["score"], figures["plus_score"], figures["total"]) == (66.67, 33.33, 3)
+
+
+@pytest.mark.parametrize(
+    ("there", "flags", "message"),
+    [(True, ("--limit", "2"), "judges HumanEval whole"), (None, (), "pip install evalplus")],
+    ids=["limit", "not installed"],
+)
+def test_code_that_could_not_be_judged_is_not_generated(world, tmp_path, capsys, monkeypatch, there, flags, message):
+    monkeypatch.setattr("sparselora_hf.evaluation.exports.find_spec", lambda name: there)
+    out = tmp_path / "out"
+    call = lambda: run(world, "--task", "humaneval", "--run-code", *flags, "--output", str(out))  # noqa: E731
+    assert message in error_of(capsys, call)
+    assert not out.exists()
 
 
 def test_lm_eval_has_the_rest(world, tmp_path, monkeypatch, capsys):

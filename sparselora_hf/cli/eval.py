@@ -161,6 +161,7 @@ def main(argv: Sequence[str]) -> int:
     args = _parser().parse_args(argv)
     from rich.console import Console
 
+    from ..evaluation.exports import check_evalplus
     from ..evaluation.harness import PREFIX, check_harness, run_harness
     from ..evaluation.models import base_of
     from ..evaluation.tasks import find_tasks
@@ -170,6 +171,8 @@ def main(argv: Sequence[str]) -> int:
     foreign = [name.removeprefix(PREFIX) for name in args.task if name.startswith(PREFIX)]
     tasks = find_tasks([name for name in args.task if not name.startswith(PREFIX)])
     check_harness(foreign)
+    if args.run_code and any(task.name == "humaneval" for task in tasks):
+        check_evalplus(args.limit)
     own = base_of(args.adapter) if args.adapter else None
     evaluation = _Evaluation(args, args.model or own, tasks)
     console = Console(soft_wrap=True, markup=False, highlight=False)

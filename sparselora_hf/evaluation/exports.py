@@ -13,7 +13,7 @@ from typing import Any
 from .interval import wilson
 from .tasks import Question
 
-__all__ = ["EXPORTS", "run_evalplus", "solution"]
+__all__ = ["EXPORTS", "check_evalplus", "run_evalplus", "solution"]
 
 
 def solution(row: dict[str, Any], answer: str) -> str:
@@ -65,6 +65,24 @@ def write_talks(path: Path, questions: Sequence[Question], answers: dict[int, li
 EXPORTS: dict[str, Callable[..., Path]] = {"humaneval": write_samples, "mt_bench": write_talks}
 
 
+def check_evalplus(limit: int | None) -> None:
+    """Say before any work that evalplus will not judge.
+
+    Args:
+        limit: how many of the problems are asked; None is all.
+
+    Raises:
+        ImportError: evalplus is not installed.
+        ValueError: there is a limit.
+    """
+    if find_spec("evalplus") is None:
+        raise ImportError("Running generated code needs evalplus and its sandbox: pip install evalplus.")
+    if limit is not None:
+        raise ValueError(
+            "--run-code: evalplus judges HumanEval whole or not at all. Leave out --limit, or --run-code."
+        )
+
+
 def run_evalplus(samples: Path) -> dict[str, Any]:
     """Run the generated code in evalplus's sandbox and read its verdicts.
 
@@ -72,11 +90,8 @@ def run_evalplus(samples: Path) -> dict[str, Any]:
         `score` and `interval` for HumanEval's tests, `plus_score` and `plus_interval` for HumanEval+'s, in per cent.
 
     Raises:
-        ImportError: evalplus is not installed.
         OSError: evalplus gave no verdicts.
     """
-    if find_spec("evalplus") is None:
-        raise ImportError("Running generated code needs evalplus and its sandbox: pip install evalplus.")
     verdicts = samples.with_name(f"{samples.stem}_eval_results.json")
     verdicts.unlink(missing_ok=True)  # evalplus would take them for those of these samples
     command = [sys.executable, "-m", "evalplus.evaluate", "--dataset", "humaneval", "--samples", str(samples)]
