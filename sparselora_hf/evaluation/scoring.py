@@ -17,6 +17,7 @@ _NEXT_TURN = re.compile(r"\n\s*### ")  # a model that goes on with a prompt of i
 _CURRENCY = re.compile(r"\b(?:[A-Z]{3}|Rs\.?)(?=[0-9])")  # of USD3 and Rs.3, which is no power and no .3
 # the 2 of m2, cm^2 and CO2, at the end of a sentence too
 _POWER = re.compile(r"(?<=[a-zA-Z])(?<![0-9][eE])(?:\^|\*\*)?[23](?![0-9]|[.,][0-9])")
+_ITEM = re.compile(r"^[ \t]*-[ \t]+", re.MULTILINE)  # the dash that a list's item starts with
 _MIXED = re.compile(r"(?<=[0-9])(?=\\[dt]?frac)")  # between the whole number and the fraction of 1\frac{1}{2}
 _FRACTION_COMMAND = re.compile(r"\\[dt]?frac\{(-?[0-9]+)\}\{([0-9]+)\}")
 _SIGN = r"(?:(?<![\w).])(?!(?<=[0-9)] )[-\u2212] )(?P<sign>[-\u2212])\s?)?[$€£]?"
@@ -39,9 +40,9 @@ def last_number(text: str) -> float | None:
     """The last number of a text, None where there is none.
 
     Commas between thousands, currency signs, units, fractions (``3/4``, ``1 1/2``) and a full stop after it are
-    understood. A dash between two numbers is a minus sign of neither.
+    understood. A dash between two numbers is a minus sign of neither, nor is one that starts an item of a list.
     """
-    text = _MIXED.sub(" ", _POWER.sub("", _CURRENCY.sub("$", own_words(text))))
+    text = _MIXED.sub(" ", _POWER.sub("", _CURRENCY.sub("$", _ITEM.sub("", own_words(text)))))
     text = _FRACTION_COMMAND.sub(r"\1/\2", text)
     matches = list(_NUMBER.finditer(text))
     return _value(matches[-1]) if matches else None
