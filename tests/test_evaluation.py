@@ -535,6 +535,11 @@ def test_a_whole_model_is_evaluated_after_its_training(world, tmp_path):
     assert sft.evaluate(recipe) == {"boolq": 0.0}
     settings = json.loads((tmp_path / "out" / "eval" / "results.json").read_text())["boolq"]["settings"]
     assert (settings["model"], settings["prompt_format"]) == (str(tmp_path / "out"), "alpaca")
+    recipe.data.eval_tasks = ["piqa"]
+    assert set(sft.evaluate(recipe)) == {"boolq", "piqa"}  # of one model
+    tiny_model(layers=2, seed=5, max_position_embeddings=4096).save_pretrained(tmp_path / "out")
+    assert set(sft.evaluate(recipe)) == {"piqa"}  # boolq is of the model before
+    assert not answers.exists()
 
 
 def test_the_evaluation_loads_the_base_as_the_training_did(world, tmp_path, monkeypatch):

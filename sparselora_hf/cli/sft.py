@@ -166,22 +166,23 @@ def _note_data(recipe: Recipe) -> None:
     path.write_text(yaml.safe_dump(notes), encoding="utf-8")
 
 
-def _forget_replaced(folder: Path) -> None:
-    """Take away the answers and results of an adapter that this training has replaced."""
+def _forget_replaced(folder: Path, is_adapter: bool) -> None:
+    """Take away the answers and results of an adapter, or a whole model, that this training has replaced."""
     import json
 
-    from ..evaluation.models import adapter_hash
+    from ..evaluation.models import adapter_hash, weights_mark
     from .eval import RESULTS
 
-    adapter = adapter_hash(str(folder))
+    key, mark = ("adapter", adapter_hash) if is_adapter else ("weights", weights_mark)
+    trained = mark(str(folder))
     for path in (folder / "eval").glob("*.answers.jsonl"):
         with path.open(encoding="utf-8") as file:
             settings = json.loads(file.readline() or "{}")
-        if settings.get("adapter") != adapter:
+        if settings.get(key) != trained:
             path.unlink()
     results = folder / "eval" / RESULTS
     told = json.loads(results.read_text(encoding="utf-8")).values() if results.is_file() else ()
-    if any(result.get("settings", {}).get("adapter") != adapter for result in told):
+    if any(result.get("settings", {}).get(key) != trained for result in told):
         results.unlink()
 
 
@@ -200,7 +201,7 @@ def evaluate(recipe: Recipe) -> dict[str, float]:
 
     data, folder = recipe.data, Path(recipe.training.output_dir)
     _note_data(recipe)
-    _forget_replaced(folder)
+    _forget_replaced(folder, recipe.model.use_peft)
     if not data.eval_tasks:
         return {}
     gc.collect()
