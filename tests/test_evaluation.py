@@ -598,6 +598,26 @@ def test_the_evaluation_quantises_the_base_as_the_training_did(world, tmp_path, 
     assert [given.to_dict() for given in told] == [want, want]
 
 
+@pytest.mark.parametrize(
+    ("row", "prompt_format"),
+    [
+        ({"messages": [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "1"}]}, "chat"),
+        ({"conversations": [{"from": "human", "value": "One?"}, {"from": "gpt", "value": "1"}]}, "chat"),
+        ({"prompt": "One?", "completion": "1"}, "llm_adapters"),
+    ],
+    ids=["messages", "ShareGPT", "text"],
+)
+def test_what_was_trained_as_a_chat_is_asked_as_one(world, tmp_path, row, prompt_format):
+    pytest.importorskip("trl")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(f"{json.dumps(row)}\n" * 4)
+    argv = ["sft", "--model_name_or_path", str(world / "base"), "--dataset_name", str(rows), "--max_steps", "1"]
+    argv += ["--output_dir", str(tmp_path / "out"), "--save_strategy", "no", "--report_to", "none", "--dense"]
+    assert main([*argv, "--eval_tasks", "boolq", "--eval_data", str(world / "data")]) == 0
+    results = json.loads((tmp_path / "out" / "eval" / "results.json").read_text())
+    assert results["boolq"]["settings"]["prompt_format"] == prompt_format
+
+
 # errors
 
 

@@ -79,6 +79,7 @@ class DataArguments:
     smoke_shape: str | None = dataclasses.field(
         default=None, metadata={"help": "shape, as `sparselora estimate` names it, that the small model is made after"}
     )
+    is_chat: bool = dataclasses.field(default=False, init=False)  # seen when the rows are read
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):  # a flag is held against its choices, a recipe's key is not

@@ -89,6 +89,7 @@ def trainer_keywords(recipe: Recipe) -> dict[str, Any]:
     """Arguments that `SFTTrainer` and `SparseLoraTrainer` share: model, data, tokenizer, adapter."""
     from transformers import AutoTokenizer
     from trl import get_peft_config, get_quantization_config
+    from trl.data_utils import is_conversational, is_conversational_from_value
 
     model, training = recipe.model, recipe.training
     source = {"revision": model.model_revision, "trust_remote_code": training.trust_remote_code}
@@ -107,6 +108,7 @@ def trainer_keywords(recipe: Recipe) -> dict[str, Any]:
     with training.main_process_first(desc="the data is prepared"):
         train = _prepared(recipe, recipe.script.dataset_train_split, tokenizer)
         test = _prepared(recipe, recipe.script.dataset_test_split, tokenizer) if evaluated else None
+    recipe.data.is_chat = is_conversational(train[0]) or is_conversational_from_value(train[0])
     quantization = get_quantization_config(model)
     return {
         "model": model.model_name_or_path,
@@ -157,7 +159,10 @@ def _note_data(recipe: Recipe) -> None:
     import yaml
     from trl import get_quantization_config
 
-    notes = {"prompt_format": recipe.data.prompt_format, "dataset": recipe.script.dataset_name}
+    from ..evaluation.asking import CHAT
+
+    prompt_format = CHAT if recipe.data.is_chat else recipe.data.prompt_format
+    notes = {"prompt_format": prompt_format, "dataset": recipe.script.dataset_name}
     quantization = get_quantization_config(recipe.model)
     if quantization is not None:
         told = quantization.to_dict().items()
