@@ -618,6 +618,19 @@ def test_what_was_trained_as_a_chat_is_asked_as_one(world, tmp_path, row, prompt
     assert results["boolq"]["settings"]["prompt_format"] == prompt_format
 
 
+def test_prompts_that_fill_the_window_are_counted(world, tmp_path, caplog, tokenizer):
+    prompts = [FORMATS["llm_adapters"].ask(f"Add {n} and {'1' * n}.") for n in range(1, 11)]
+    window = sorted(len(tokenizer(prompt)["input_ids"]) for prompt in prompts)[6]
+    tiny_model(layers=2, max_position_embeddings=window).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    flags = ("--task", "gsm8k", "--model", str(tmp_path / "base"), "--output", str(tmp_path / "out"))
+    assert run(world, *flags) == 0
+    assert f"4 of 10 prompts fill the model's window of {window} tokens" in caplog.text
+    caplog.clear()
+    assert run(world, "--task", "gsm8k", "--output", str(tmp_path / "whole")) == 0
+    assert "window" not in caplog.text
+
+
 # errors
 
 

@@ -4,7 +4,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from transformers.utils import logging
+
 __all__ = ["Generator", "Sampling"]
+
+logger = logging.get_logger(__name__)
 
 
 # whatever the model's own settings say: the likeliest token every time, or drawn by its probability
@@ -81,14 +85,7 @@ class Generator:
         """Token ids and mask, padded on the left without touching the tokenizer's own settings."""
         import torch
 
-        bos = self.tokenizer.bos_token
-        # a chat template writes the start token itself
-        rows = [
-            self.tokenizer(prompt, add_special_tokens=not (bos and prompt.startswith(bos)))["input_ids"]
-            for prompt in prompts
-        ]
-        end = self.tokenizer.eos_token_id  # some tokenizers end every text, but a prompt is to go on
-        rows = [row[:-1] if len(row) > 1 and row[-1] == end else row for row in rows]
+        rows = self._rows(prompts)
         longest = max(map(len, rows))
         ids = torch.full((len(rows), longest), self._pad)
         mask = torch.zeros_like(ids)
@@ -97,6 +94,27 @@ class Generator:
             mask[number, longest - len(row) :] = 1
         device = self.model.device
         return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+    def _rows(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each prompt."""
+        bos = self.tokenizer.bos_token
+        # a chat template writes the start token itself
+        rows = [
+            self.tokenizer(prompt, add_special_tokens=not (bos and prompt.startswith(bos)))["input_ids"]
+            for prompt in prompts
+        ]
+        end = self.tokenizer.eos_token_id  # some tokenizers end every text, but a prompt is to go on
+        return [row[:-1] if len(row) > 1 and row[-1] == end else row for row in rows]
+
+    def warn_of_long(self, prompts: Sequence[str]) -> None:
+        """Say how many prompts leave no place for an answer in the model's window."""
+        window = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        long = 0 if window is None else sum(len(row) >= window for row in self._rows(prompts))
+        if long:
+            logger.warning(
+                f"{long} of {len(prompts)} prompts fill the model's window of {window} tokens or are longer. They are "
+                "asked whole, and few models answer well beyond their window."
+            )
 
     def _settings(self) -> dict[str, Any]:
         draw, drawn = self.sampling, self.sampling.temperature > 0

@@ -39,6 +39,7 @@ def answer_all(
         progress: called with the number of answered questions, if given.
     """
     first = [asker.prompt(question.turns, []) for question in questions]
+    generator.warn_of_long(first)
     for number, batch in enumerate(generator.batches(first, batch_size)):
         if any(place not in file.answers for place in batch):
             file.add(_converse(questions, batch, asker, generator, number))
