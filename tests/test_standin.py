@@ -73,6 +73,17 @@ def test_few_rows_give_finite_factors(rows):
     assert fit(randn(7, H, seed=2)).isfinite().all()
 
 
+def test_too_few_rows_to_hold_any_out_take_the_strongest_ridge():
+    x, y = randn(8, H), randn(8, M, seed=1)
+    torch.testing.assert_close(reduced_rank(x, y, H)(x), ridge_regression(x, y, 0.1), rtol=1e-3, atol=1e-3)
+
+
+def test_a_rank_above_that_of_the_map_is_the_full_one(linear_world):
+    x, y = linear_world
+    torch.testing.assert_close(reduced_rank(x, y, 99)(x), reduced_rank(x, y, H)(x), rtol=1e-3, atol=1e-3)
+    assert reduced_rank(x, y[:, :5], 99).outward.shape == (5, 5)
+
+
 def test_constant_inputs_give_the_mean():
     y = randn(20, M)
     torch.testing.assert_close(reduced_rank(torch.ones(20, H), y, 4)(torch.ones(20, H)), y.mean(0).expand(20, M))
@@ -117,8 +128,9 @@ def test_channel_that_down_proj_ignores_does_no_harm(linear_world):
 
 def test_fixed_set_stands_for_dropped_channels_alone(linear_world):
     x, h = linear_world
-    down, index = randn(H, M, seed=5), torch.tensor([0, 7, 20])
+    down, index, before = randn(H, M, seed=5), torch.tensor([0, 7, 20]), h.clone()
     stand_in = fit_fixed_set(x, h, down, index, TRUE_RANK)
+    assert torch.equal(h, before)
     dropped = [c for c in range(M) if c not in index.tolist()]
     want = h[:, dropped] @ down[:, dropped].T
     output, given_up = stand_in.correction(x, index)

@@ -98,7 +98,7 @@ def test_deterministic_and_leaves_the_random_numbers_alone():
 
 
 def test_half_precision_weight_and_autocast():
-    weight = decaying(48, 32).bfloat16()
+    weight = decaying(48, 32).bfloat16().requires_grad_()
     plain = truncated_svd(weight, 4)
     with torch.autocast("cpu", torch.bfloat16):
         under = truncated_svd(weight, 4)

@@ -45,7 +45,7 @@ def blocker(device: torch.device, dtype: torch.dtype | None = None) -> str:
     if device.type != "cuda" or torch.version.hip is not None:
         return f"the model is on {device.type}, not on an NVIDIA GPU"
     major, minor = _capability(device.index)
-    if major < 7 or (major, minor) < (7, 5):
+    if (major, minor) < (7, 5):
         return f"compute capability {major}.{minor} is below 7.5"
     if dtype == torch.bfloat16 and major < 8:
         return f"compute capability {major}.{minor} has no bfloat16"
