@@ -76,6 +76,7 @@ def test_the_configuration_overrules(gpu):
 
 def test_what_was_measured_wins_for_its_shape(gpu):
     gpu((9, 0))
+    assert not choose("rows", OnGpu(tokens=3000), 4096, 1024)
     key = shape_key("rows", torch.bfloat16, 3000, 4096, 1024)
     assert key == "rows/bfloat16/4096x4096x1024"
     path = write_table({"sm_90": {key: ["triton", 1]}, "sm_80": {key: ["slices", 0]}})
@@ -103,6 +104,9 @@ def test_reasons_for_not_running(gpu, monkeypatch):
     assert "no bfloat16" in blocker(device, torch.bfloat16)
     assert "float64" in blocker(device, torch.float64)
     assert "on cpu" in blocker(torch.device("cpu"))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.version, "hip", "6.0")
+        assert "not on an NVIDIA GPU" in blocker(device, torch.float16)
     monkeypatch.setattr("sparselora_hf.kernels.runtime.has_triton", lambda: False)
     assert blocker(device) == "Triton is not installed"
 
@@ -169,6 +173,7 @@ def test_a_block_holds_rows_whole(width):
     assert tile.n.bit_count() == tile.m.bit_count() == tile.warps.bit_count() == 1
     assert tile.m * tile.n == max(2048, tile.n)
     assert tile.m * tile.n // (32 * tile.warps) in (16, 32)
+    assert tile.warps <= 16
 
 
 @pytest.mark.parametrize("half", [1, 5, 32, 40, 64, 128, 256])

@@ -10,6 +10,7 @@ from sparselora_hf.calibration import Calibration
 from sparselora_hf.channels import top_channels
 from sparselora_hf.criteria import CRITERIA
 from sparselora_hf.families import FAMILIES
+from sparselora_hf.standin import fit_stand_in
 from sparselora_hf.svd import truncated_svd
 from sparselora_hf.views import AttentionView, MlpView
 
@@ -99,6 +100,16 @@ def test_low_rank_activations(layer, x, name):
     assert_scores(scores(make(name, factors), layer, x), by_hand(layer, x, weights))
 
 
+@pytest.mark.parametrize("name", ["oracle", "svd"])
+def test_channels_are_scored_by_what_a_stand_in_misses(layer, x, name):
+    criterion, mlp = make(name, factors_of(layer)), layer.mlp
+    stand_in = fit_stand_in(x, views(layer)[0].channels(x).detach(), mlp.down_proj.weight.detach(), 3)
+    criterion.calibration.stand_ins[1] = stand_in
+    weights = linears(layer) if name == "oracle" else {r: f.up @ f.down for (_, r), f in factors_of(layer).items()}
+    gate, up = (F.linear(x, weights[r], getattr(mlp, f"{r}_proj").bias.detach()) for r in ("gate", "up"))
+    assert_scores(scores(criterion, layer, x), {"mlp": (F.silu(gate) * up - stand_in.predict(x)).norm(dim=0)})
+
+
 def test_full_rank_svd_is_the_oracle(layer, x):
     factors = {(1, r): truncated_svd(w, min(w.shape)).to(w.device, w.dtype) for r, w in linears(layer).items()}
     got, want = scores(make("svd", factors), layer, x), scores(make("oracle"), layer, x)
@@ -147,6 +158,12 @@ def test_some_rows_evenly_spaced(x, name, asked, want):
     assert want == 1 or places[-1] == 22
 
 
+def test_rows_are_picked_anew_for_each_batch(x):
+    criterion = make("sampled", score_tokens=2)
+    for rows in (torch.arange(10), torch.arange(5, 15)):
+        assert torch.equal(criterion.sample(x, rows, torch.zeros(10)), x[rows[[0, -1]]])
+
+
 def test_sampled_takes_64_of_many():
     x = torch.randn(300, 4)
     assert len(make("sampled").sample(x, torch.arange(300), torch.zeros(300))) == 64
@@ -159,10 +176,9 @@ def test_mean_of_each_sequence(x):
 
 
 def test_mean_of_half_precision_rows_is_not_summed_in_half_precision():
-    """600 rows of 1.0: a bfloat16 sum stops growing at 256."""
-    x = torch.ones(600, 4, dtype=torch.bfloat16)
+    x = torch.randn(600, 4).bfloat16()
     taken = make("svd_mean").sample(x, torch.arange(600), torch.zeros(600, dtype=torch.long))
-    torch.testing.assert_close(taken.float(), torch.ones(1, 4), rtol=0.01, atol=0)
+    torch.testing.assert_close(taken, x.float().mean(0, keepdim=True), rtol=1e-4, atol=1e-6)
 
 
 def test_the_mean_is_no_sum_of_atomic_additions(x, monkeypatch):

@@ -137,6 +137,15 @@ def test_the_end_is_labelled_where_the_tokenizer_itself_writes_it():
     assert tokenize_examples(rows, ending) == tokenize_examples(rows, plain)
 
 
+def test_the_end_may_be_token_0():
+    """As in GPT-NeoX's vocabulary, and SmolLM's."""
+    inner = Tokenizer(models.WordLevel({"</s>": 0, "a": 1, "b": 2}))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>")
+    rows = tokenize_examples({"prompt": ["a"], "completion": [" b"]}, tokenizer)
+    assert rows == {"input_ids": [[1, 2, 0]], "labels": [[IGNORE_INDEX, 2, 0]]}
+
+
 def word_rows(*lengths: int) -> Dataset:
     return Dataset.from_list([{"prompt": " ".join(["w5"] * n), "completion": " w7"} for n in lengths])
 
@@ -149,6 +158,11 @@ def test_rows_without_a_label_are_dropped_and_counted():
     assert label_examples(rows, word_tokenizer(), None)[1] == 0
     with pytest.raises(ValueError, match="Raise max_length"):
         label_examples(rows, word_tokenizer(), max_length=2)
+
+
+def test_more_rows_asked_for_than_there_are():
+    kept, dropped = label_examples(word_rows(2, 3), word_tokenizer(), 8, max_examples=10)
+    assert (len(kept), dropped) == (2, 0)
 
 
 def test_long_rows_can_be_left_out_and_the_rest_counted():

@@ -52,6 +52,7 @@ def test_layer_beyond_the_last(key):
         (96, 0.5, 48),
         (96, 0.999, 1),
         (511, 0.5, 256),
+        (540, 0.001, 540),
     ],
 )
 def test_kept_channels(width, sparsity, keep):

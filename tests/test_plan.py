@@ -48,17 +48,26 @@ def slow_plan(labels, mask=None, positions=None, rule="label_or_predictor") -> d
         "sequence": sequence,
         "targets": targets,
     }
-    return lists | {"loss_in_context": bool(set(loss) & set(context))}
+    hidden = None if mask is None else [row for row in range(rows * length) if not mask.flatten()[row]]
+    ends = hidden is not None and all(not mask[b, t + 1] or mask[b, t] for b in range(rows) for t in range(length - 1))
+    return lists | {
+        "rest": [row for row in range(rows * length) if row not in context],
+        "groups": len(set(sequence)),
+        "loss_in_context": bool(set(loss) & set(context)),
+        "right_padded": ends and not set(hidden) & set(real),
+        "unmasked": mask is None and len(real) < rows * length,
+    }
 
 
 def assert_plan(plan: TokenPlan, want: dict, rows: int) -> None:
-    for name in ("context", "output", "loss", "sequence", "targets"):
+    for name in ("context", "output", "loss", "rest", "sequence", "targets"):
         got = getattr(plan, name)
         assert got.dtype == torch.int64
         assert got.tolist() == want[name], name
     assert (list(range(rows)) if plan.real is None else plan.real.tolist()) == want["real"]
     assert (plan.real is None) == (len(want["real"]) == rows)
-    assert plan.loss_in_context is want["loss_in_context"]
+    for name in ("groups", "loss_in_context", "right_padded", "unmasked"):
+        assert getattr(plan, name) == want[name], name
     assert plan.tokens == len(want["real"])
 
 
@@ -105,7 +114,7 @@ def batches(draw):
         return torch.tensor(draw(st.lists(line, min_size=rows, max_size=rows)))
 
     labels = grid(st.sampled_from([N, N, 1, 2]))
-    mask = grid(st.integers(0, 1)) if draw(st.booleans()) else None
+    mask = grid(st.integers(0, 2)) if draw(st.booleans()) else None
     positions = grid(st.integers(0, 2)) if draw(st.booleans()) else None
     return labels, mask, positions
 
@@ -163,6 +172,13 @@ def test_mask_of_another_form_says_nothing_about_padding(form, positions):
     plan = TokenPlan.from_batch(torch.tensor([[N, N, 3]]), form(torch.ones(1, 1, 3, 3)), positions)
     assert plan.real is None
     assert not plan.right_padded
+
+
+def test_positions_of_another_form_say_nothing_about_padding():
+    """Those of images have three axes."""
+    plan = TokenPlan.from_batch(torch.tensor([[N, N, 3]]), None, torch.zeros(3, 1, 3, dtype=torch.long))
+    assert plan.real is None
+    assert plan.sequence.tolist() == [0]
 
 
 def test_context_share():

@@ -19,6 +19,7 @@ from sparselora_hf.ops.mlp import KeptChannels, MlpWeights, StandIn, kept_mlp
 from sparselora_hf.ops.projection import MixedRows, projection
 from sparselora_hf.ops.rms import lean_rms_norm
 from sparselora_hf.ops.rows import fork_rows, overlay_rows
+from sparselora_hf.svd import LowRank
 
 ROWS = {"mixed": (23, 9), "all context": (40, 0), "all output": (0, 40), "padding": (20, 5), "nothing": (0, 0)}
 
@@ -144,12 +145,21 @@ def test_fused_and_stored_activations_are_used(monkeypatch):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-@pytest.mark.parametrize("compensation", ["none", "low_rank"])
-def test_a_sparse_step(family, compensation):
+@pytest.mark.parametrize(
+    ("criterion", "compensation", "score_tokens"),
+    [
+        ("svd", "none", None),
+        ("svd", "none", 5),
+        ("svd", "low_rank", None),
+        ("svd_mean", "none", None),
+        ("static", "low_rank", None),
+    ],
+)
+def test_a_sparse_step(family, criterion, compensation, score_tokens):
     """A whole model, forward and backward: kernels and PyTorch choose the same channels and agree."""
     model = lora_model(family, layers=2).to(DEVICE)
     batch = {name: tensor.to(DEVICE) for name, tensor in make_batch().items()}
-    config = SPARSE if compensation == "none" else SPARSE.replace(criterion="static", compensation="low_rank")
+    config = SPARSE.replace(criterion=criterion, compensation=compensation, score_tokens=score_tokens)
     results = []
     for kernels in ("torch", "triton"):
         with sparsify(model, config.replace(kernels=kernels)) as handle:
@@ -164,6 +174,20 @@ def test_a_sparse_step(family, compensation):
             )
             model.zero_grad(set_to_none=True)
     assert_same(results[1], results[0], 1e-4)
+
+
+def test_scores_follow_factors_that_are_exchanged():
+    model, sets = lora_model(layers=2).to(DEVICE), []
+    batch = {name: tensor.to(DEVICE) for name, tensor in make_batch().items()}
+    for kernels in ("torch", "triton"):
+        with sparsify(model, SPARSE.replace(kernels=kernels)) as handle:
+            handle.set_enabled(True)
+            loss_and_gradients(model, batch)
+            factors = handle.state.criterion.factors
+            factors.update({key: LowRank(each.down.flip(1), each.up) for key, each in factors.items()})
+            loss_and_gradients(model, batch)
+            sets.append({key: sorted(one.narrow.tolist()) for key, one in handle.state.batch.selections.items()})
+    assert sets[0] == sets[1]
 
 
 NORMS = SparseLoraConfig(exact=("norms",), kernels="triton")
