@@ -732,6 +732,20 @@ def test_the_adapter_is_applied(world):
     assert not torch.allclose(plain(ids).logits, tuned(ids).logits)
 
 
+@pytest.mark.parametrize("options", [{}, {"trainable_token_indices": [61]}], ids=["fixed", "trained"])
+def test_tokens_that_the_training_added(world, tmp_path, options):
+    model = tiny_model(layers=2, max_position_embeddings=4096)
+    size = model.config.vocab_size
+    model.resize_token_embeddings(size + 2)
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False, **options)
+    model = get_peft_model(model, lora)
+    model.peft_config["default"].base_model_name_or_path = str(world / "base")
+    model.save_pretrained(tmp_path)
+    ids = torch.tensor([[5, 6, size, size + 1]])
+    want = model.eval()(input_ids=ids).logits
+    torch.testing.assert_close(load_model(str(world / "base"), str(tmp_path))[0](input_ids=ids).logits, want)
+
+
 @pytest.mark.parametrize("name", VISION)
 def test_a_vision_language_model_answers_in_text(name, world, tmp_path, tokenizer):
     """Whole, as it was trained: the adapter's names are those of its language tower."""

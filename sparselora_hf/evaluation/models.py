@@ -119,8 +119,10 @@ def _with_adapter(model: Any, base: str, adapter: str) -> Any:
 
     trained_on = base_of(adapter)
     try:
+        weights = load_peft_weights(adapter, device="cpu")
+        _resize(model, weights)
         wrapped = PeftModel.from_pretrained(model, adapter)
-        strangers = set(load_peft_weights(adapter, device="cpu")) ^ set(get_peft_model_state_dict(wrapped))
+        strangers = set(weights) ^ set(get_peft_model_state_dict(wrapped))
     except (RuntimeError, ValueError):  # other widths, or no module of that name
         strangers = {"widths or names of modules differ"}
     if strangers:
@@ -131,3 +133,12 @@ def _with_adapter(model: Any, base: str, adapter: str) -> Any:
     if Path(trained_on).name != Path(base).name:
         logger.warning(f"The adapter {adapter} was trained on {trained_on}; it is evaluated on {base}.")
     return wrapped
+
+
+def _resize(model: Any, weights: Mapping[str, Any]) -> None:
+    """Give the model as many embeddings as a training with tokens of its own has saved with its adapter."""
+    embedding = model.get_input_embeddings()
+    (start,) = (f"base_model.model.{name}." for name, module in model.named_modules() if module is embedding)
+    rows = {len(weight) for name, weight in weights.items() if name.startswith(start) and name.endswith("weight")}
+    if rows and rows != {embedding.num_embeddings}:
+        model.resize_token_embeddings(max(rows))
