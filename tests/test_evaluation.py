@@ -200,6 +200,20 @@ def test_an_answer_ends_where_training_ended_it(tokenizer):
     assert len(answer) <= 4 < len(whole)
 
 
+def test_an_answer_ends_at_a_string_of_the_models_own(tokenizer):
+    model = tiny_model(layers=2).eval()
+    ((whole,),) = Generator(model, tokenizer, Sampling(6)).answer(["one two"], 0)
+    model.generation_config.stop_strings = [whole[:3]]
+    assert Generator(model, tokenizer, Sampling(6)).answer(["one two"], 0) == [[whole[:3]]]
+
+
+def test_a_tokenizer_without_tokens_to_pad_or_end_with(tokenizer):
+    model = tiny_model(layers=2).eval()
+    want = Generator(model, tokenizer, Sampling(6)).answer(["one", "a longer one"], 0)
+    bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    assert Generator(model, bare, Sampling(6)).answer(["one", "a longer one"], 0) == want
+
+
 def test_no_prompt_ends_in_an_end_token(tokenizer):
     ending = copy.deepcopy(tokenizer)
     ids = {"special_tokens": [("<bos>", 1), ("<eos>", 2)]}

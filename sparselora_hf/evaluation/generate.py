@@ -57,7 +57,8 @@ class Generator:
         self.model = model
         self.tokenizer = tokenizer
         self.sampling = sampling
-        self._pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        fillers = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)  # any will do: the mask hides it
+        self._pad = next(token for token in fillers if token is not None)
 
     def batches(self, prompts: Sequence[str], size: int) -> list[list[int]]:
         """Numbers of the prompts in batches of about equal length, the longest first."""
@@ -76,7 +77,8 @@ class Generator:
         torch.manual_seed(self.sampling.seed + seed)
         inputs = self._encode(prompts)
         with torch.inference_mode():
-            tokens = self.model.generate(**inputs, **self._settings())
+            # the model's own settings may have strings to stop at, which take the tokenizer to be found
+            tokens = self.model.generate(**inputs, **self._settings(), tokenizer=self.tokenizer)
         texts = self.tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         count = self.sampling.samples
         return [texts[start : start + count] for start in range(0, len(texts), count)]
