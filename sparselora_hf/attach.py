@@ -64,11 +64,13 @@ def check_model(model: nn.Module, config: SparseLoraConfig, family: ModelFamily 
 
     Raises:
         ValueError: no Hugging Face model, or one wrapped for several devices, unknown family, a layer that does not
-            exist, a rank above a scored weight's, a weight that holds NaN or is not whole in this process.
+            exist, a projection that is no linear, a configuration without the fields of a `ModelShape`, a rank above
+            a scored weight's, a weight that holds NaN or is not whole in this process.
     """
     family = _check_config(model, config, family)
     layers = list(decoder_layers(model, config, family))
     check_weights(layers, family)
+    ModelShape.from_config(causal_model(model).config, family)  # what the meter counts by
     if CRITERIA[config.criterion].needs_rank:
         normalised = family.normalises_queries(causal_model(model).config.get_text_config())
         for layer in layers:

@@ -103,7 +103,8 @@ class ModelShape:
     def from_config(cls, config: Any, family: ModelFamily | None = None) -> "ModelShape":
         """Shape of a transformers configuration; of a vision-language model that of its language tower.
 
-        A mixture of experts counts what one token passes through, taken to be the same in every layer.
+        A mixture of experts counts what one token passes through, taken to be the same in every layer. Of MLPs that
+        a configuration lists layer by layer the widest counts.
 
         Args:
             config: configuration with the field names that transformers has for all decoders.
@@ -115,9 +116,15 @@ class ModelShape:
         text_config = config.get_text_config()
         family = family or FAMILIES.get(text_config.model_type, ModelFamily(text_config.model_type))
         values = text_config.to_dict()
-        missing = [name for name in _CONFIG_FIELDS.values() if values.get(name) is None]
+        if isinstance(values.get("intermediate_size"), list):
+            values["intermediate_size"] = max(values["intermediate_size"])
+        needed = [*_CONFIG_FIELDS.values(), *(["num_experts_per_tok"] if _experts(values) else [])]
+        missing = [name for name in needed if values.get(name) is None]
         if missing:
-            raise ValueError(f"The {values.get('model_type')} configuration has no {', '.join(missing)}.")
+            raise ValueError(
+                f"The {values.get('model_type')} configuration has no {', '.join(missing)}. Where it gives these by "
+                "other names, set them under these, too: the cost of a step is counted by them."
+            )
         shape = {field: values[name] for field, name in _CONFIG_FIELDS.items()}
         return cls(
             **shape,
@@ -130,7 +137,7 @@ class ModelShape:
 
     def _with_experts(self, values: dict[str, Any]) -> "ModelShape":
         """The same with the MLP of a mixture of experts, where the configuration has one."""
-        experts = values.get("num_local_experts") or values.get("num_experts")
+        experts = _experts(values)
         if not experts:
             return self
         width = values.get("moe_intermediate_size") or self.intermediate
@@ -180,6 +187,11 @@ class ModelShape:
         linears = mlp + 2 * self.hidden * (self.query_width + self.kv_width)
         embeddings = self.vocab * self.hidden * (1 if self.tied else 2)
         return self.layers * (linears + 2 * self.hidden) + embeddings + self.hidden
+
+
+def _experts(values: dict[str, Any]) -> int:
+    """Experts of a layer, 0 where it is no mixture."""
+    return values.get("num_local_experts") or values.get("num_experts") or 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -43,6 +43,23 @@ def part_of(module: nn.Module, family: ModelFamily, field: str) -> Any:
         ) from None
 
 
+def _side(part: nn.Module, family: ModelFamily, field: str, side: str) -> int:
+    """Channels on one side of a projection, ``in_features`` or ``out_features``.
+
+    Raises:
+        ValueError: it is no linear, as GPT-2's `Conv1D`.
+    """
+    projection = base_linear(part_of(part, family, field))
+    try:
+        return getattr(projection, side)
+    except AttributeError:
+        raise ValueError(
+            f"ModelFamily {family.name!r}: {getattr(family, field)!r} of {type(part).__name__}, which the family "
+            f"gives as {field}, is a {type(projection).__name__}. Only linears can be sparse, so this model cannot be "
+            "described."
+        ) from None
+
+
 def _activation(mlp: nn.Module, family: ModelFamily) -> Callable[[torch.Tensor], torch.Tensor]:
     """The activation of an MLP; where a fused one of another library has none, that of its configuration."""
     name = getattr(getattr(mlp, "config", None), "hidden_act", None)
@@ -119,7 +136,7 @@ class MlpView:
         """Look the parts up in a module."""
         roles = ("gate_up",) if family.gate_up else ("gate", "up") if family.gate else ("up",)
         modules = {role: part_of(mlp, family, role) for role in (*roles, "down")}
-        width = base_linear(modules["down"]).in_features
+        width = _side(mlp, family, "down", "in_features")
         if family.gate_up:
             shares = {"gate": Share(0, width, 2 * width), "up": Share(width, width, 2 * width)}
             inputs = {role: Projection(modules["gate_up"], share) for role, share in shares.items()}
@@ -199,14 +216,14 @@ class AttentionView:
         roles = ("qkv", "o") if family.qkv else ("q", "k", "v", "o")
         modules = {role: part_of(attention, family, role) for role in roles}
         head_dim = part_of(attention, family, "head_dim")
-        heads = base_linear(modules["o"]).in_features // head_dim
+        heads = _side(attention, family, "o", "in_features") // head_dim
         if family.qkv:
-            fused = base_linear(modules["qkv"]).out_features
+            fused = _side(attention, family, "qkv", "out_features")
             layout = HeadLayout(heads, (fused // head_dim - heads) // 2, head_dim)
             shares = _fused_shares(layout, family.qkv_by_head)
             inputs = {role: Projection(modules["qkv"], share) for role, share in shares.items()}
         else:
-            layout = HeadLayout(heads, base_linear(modules["k"]).out_features // head_dim, head_dim)
+            layout = HeadLayout(heads, _side(attention, family, "k", "out_features") // head_dim, head_dim)
             inputs = {role: Projection(modules[role]) for role in "qkv"}
         return cls(inputs, Projection(modules["o"]), layout, modules)
 

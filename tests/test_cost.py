@@ -250,6 +250,27 @@ def test_shape_of_a_foreign_configuration_raises():
         ModelShape.from_config(GPT2Config())
 
 
+def foreign_configuration(**options):
+    from transformers import PretrainedConfig
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4, "num_hidden_layers": 2}
+    return PretrainedConfig(**{**sizes, "vocab_size": 40, **options})
+
+
+def test_shape_of_experts_counted_by_another_name_raises():
+    config = foreign_configuration(num_experts=8, top_k_experts=2, moe_intermediate_size=32)
+    with pytest.raises(ValueError, match="has no num_experts_per_tok"):
+        ModelShape.from_config(config)
+    config.num_experts_per_tok = 2
+    assert ModelShape.from_config(config).intermediate == 64
+
+
+def test_shape_of_mlps_listed_layer_by_layer_has_the_widest():
+    shape = ModelShape.from_config(foreign_configuration(intermediate_size=[24, 40]))
+    assert shape.widths()["down_proj"] == (40, 16)
+    assert shape.parameters > 0
+
+
 def test_keep_lists_leave_dense_layers_out():
     mlp, attention = keep_lists(SparseLoraConfig(mlp_sparsity={"1-2": 0.5}, attention_sparsity={2: 0.25}), TINY)
     assert mlp == [None, 10, 10]

@@ -9,20 +9,24 @@ import pytest
 import torch
 from helpers import (
     SPARSE,
+    VOCAB,
     add_lora,
     assert_same,
+    assert_untouched,
     differs,
     gradients,
     loss_and_gradients,
     make_batch,
     relative_error,
+    snapshot,
 )
 from hooked import HookedDense, fused_rows
-from peft import PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from reference import next_token_loss
 from safetensors.torch import load_file
 from torch import nn
-from training import trained
+from training import make_trainer, trained
+from transformers import AutoConfig, AutoModelForCausalLM
 from zoo import (
     CONFIGS,
     IMAGE_TOKEN,
@@ -303,6 +307,36 @@ def test_error_of_an_unknown_family_holds_a_runnable_example(batch):
     exec(example, names)  # as a user would paste it
     assert names["family"].name == "llamoid"
     assert any(isinstance(module, Patched) for module in model.modules())
+
+
+def test_outsider_whose_projections_are_no_linears(tmp_path):
+    """GPT-2's are transposed: refused by name, before a trainer wraps the model."""
+    config = AutoConfig.for_model("gpt2", vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=4)
+    model = AutoModelForCausalLM.from_config(config)
+    names = {"norm": "ln_f", "attention": "attn", "qkv": "c_attn", "o": "c_proj"}
+    row = ModelFamily("gpt2", layers="h", **names, gate="", up="c_fc", down="c_proj", activation="act")
+    before = snapshot(model)
+    lora = LoraConfig(target_modules=["c_attn"], task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match=r"'c_proj' of GPT2MLP, .* as down, is a Conv1D\. Only linears"):
+        make_trainer(tmp_path, SPARSE, model=model, model_family=row, peft_config=lora)
+    assert_untouched(model, before)
+    with pytest.raises(ValueError, match=r"'c_proj' of GPT2MLP, .* is a Conv1D"):
+        sparsify(get_peft_model(model, lora), SPARSE, family=row)
+
+
+def test_outsider_whose_configuration_has_other_names(tmp_path):
+    """Refused before a trainer wraps the model; with the number under the name asked for it trains."""
+    model = zoo_model("gpt_neox")
+    row = dataclasses.replace(FAMILIES["gpt_neox"], name="mine")
+    del model.config.intermediate_size
+    before = snapshot(model)
+    lora = LoraConfig(target_modules=["query_key_value"], task_type="CAUSAL_LM")
+    settings = {"model": model, "model_family": row, "peft_config": lora, "max_steps": 2}
+    with pytest.raises(ValueError, match=r"configuration has no intermediate_size\. Where .* set them under these"):
+        make_trainer(tmp_path, SPARSE, **settings)
+    assert_untouched(model, before)
+    model.config.intermediate_size = 96
+    assert len(trained(tmp_path, SPARSE.replace(start_step=1), **settings).losses) == 2
 
 
 @pytest.mark.parametrize("by_head", [False, True], ids=["in blocks", "by head"])
