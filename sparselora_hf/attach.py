@@ -185,7 +185,8 @@ def attach(
         handle._hooks += RecallHooks(handle.state).register(language_decoder(model), attentions)
         for layer, part, decision in plans:
             _patch_part(handle, layer, part, decision, last=layer.number == len(layers) - 1)
-        handle._hooks += CompactHook(handle.state).register(part_of(language_decoder(model), family, "norm"))
+        norm = part_of(language_decoder(model), family, "norm")
+        handle._hooks += CompactHook(handle.state).register(norm, layers[-1].module)
         _detach_lowest(handle)
         _keep_averages(handle)
         _make_lean(handle, layers)

@@ -60,6 +60,7 @@ class ActiveBatch:
 
     Attributes:
         left_out: the savings but those whose rows are too few in this batch: what is dense computes them all the same.
+        is_at_last_layer: whether the last layer has been called.
     """
 
     def __init__(self, plan: TokenPlan, sparse: bool, savings: frozenset[str], step: int = 0) -> None:
@@ -70,6 +71,7 @@ class ActiveBatch:
         self.selections: dict[tuple[int, str], ChannelSelection] = {}
         self.gather: tuple[torch.Tensor, torch.Tensor] | None = None  # rows to sample, slots they take
         self.gathered: set[str] = set()
+        self.is_at_last_layer = False
         self.left_out = savings - self._too_few(plan)
         self._rows: dict[tuple[bool, bool, torch.device], Rows] = {}
         self._places: tuple[Rows, torch.Tensor] | None = None

@@ -17,6 +17,7 @@ from helpers import (
     gradients,
     loss_and_gradients,
     make_batch,
+    randomise,
     relative_error,
     snapshot,
 )
@@ -25,7 +26,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from reference import next_token_loss
 from safetensors.torch import load_file
 from torch import nn
-from training import make_trainer, trained
+from training import assert_same_run, make_trainer, trained
 from transformers import AutoConfig, AutoModelForCausalLM
 from zoo import (
     CONFIGS,
@@ -337,6 +338,20 @@ def test_outsider_whose_configuration_has_other_names(tmp_path):
     assert_untouched(model, before)
     model.config.intermediate_size = 96
     assert len(trained(tmp_path, SPARSE.replace(start_step=1), **settings).losses) == 2
+
+
+def test_outsider_that_norms_its_embeddings_by_the_final_norm(tmp_path):
+    """NanoChat: the loss positions are taken where the norm is called behind the layers."""
+    row = ModelFamily("nanochat", qk_norm=True, gate="", up="fc1", down="fc2", activation="activation_fn")
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 8, "num_key_value_heads": 4}
+    config = AutoConfig.for_model("nanochat", vocab_size=VOCAB, num_hidden_layers=2, pad_token_id=0, **sizes)
+    torch.manual_seed(0)
+    plain = randomise(AutoModelForCausalLM.from_config(config))
+    models = [add_lora(copy.deepcopy(plain), "all-linear") for _ in range(3)]
+    compare(models[0].train(), make_batch(), SPARSE.replace(exact=("padding", "frozen_below")), row)
+    dense = trained(tmp_path, model=models[1], max_steps=2)
+    exact = trained(tmp_path, SparseLoraConfig(), model=models[2], model_family=row, max_steps=2)
+    assert_same_run(exact, dense)
 
 
 @pytest.mark.parametrize("by_head", [False, True], ids=["in blocks", "by head"])
