@@ -279,9 +279,13 @@ def test_output_scores_are_dense_steps_and_output_rows_together(compensation, le
     """Against norms over all true activations of both kinds, padding left out."""
     model, batch = lora_model(), make_batch(*lengths, seed=7)
     config = LEARNING["output"].replace(compensation=compensation, attention_sparsity=0.0)
+    layer = model.base_model.model.model.layers[0]
+    with torch.no_grad():
+        layer.mlp.down_proj.weight.mul_(torch.linspace(0.1, 4, layer.mlp.up_proj.out_features))
     with sparsify(model, config) as handle:
+        handle.state.criterion.prior_tokens = 2  # or the few output rows would decide nothing
         warm_up(model)
-        calibration, layer = handle.state.calibration, model.base_model.model.model.layers[0]
+        calibration = handle.state.calibration
         sample = calibration.reservoir.get("mlp.0").clone()
         handle.set_enabled(True)
         seen = []

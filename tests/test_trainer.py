@@ -254,6 +254,27 @@ def test_streamed_data(tmp_path):
     assert_same_run(exact, dense)
 
 
+def test_a_forward_between_steps_has_a_plan_of_its_own(tmp_path):
+    batch, seen = make_batch(), []
+
+    class Between(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            model(**batch)
+            seen.append(trainer.sparse_handle.state.batch)
+
+    trainer = make_trainer(tmp_path, SPARSE.replace(start_step=0), callbacks=[Between()], max_steps=2)
+    trainer.train()
+    assert len(seen) == 2
+    assert all(each is not None and each.plan.shape == batch["labels"].shape for each in seen)
+
+
+def test_the_collator_stays_as_it_was(tmp_path):
+    trainer = make_trainer(tmp_path, SPARSE)
+    before = trainer.data_collator
+    trainer.get_train_dataloader()
+    assert trainer.data_collator is before
+
+
 def test_batches_that_bring_no_plan(tmp_path):
     """A loader of one's own: the plan is made in the step."""
     with_plan = trained(tmp_path, SPARSE)
