@@ -30,6 +30,8 @@ __all__ = ["SparseLoraTrainer"]
 logger = logging.get_logger(__name__)
 
 _MARKS_KEY = f"{PLAN_KEY}_marks"
+# initialisations of adapters that take something off the frozen weights
+_REWRITING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 _PAPER = {
     "title": "SparseLoRA: Accelerating LLM Fine-Tuning with Contextual Sparsity",
@@ -67,7 +69,8 @@ class SparseLoraTrainer(SFTTrainer):
 
     Raises:
         TypeError: `sparse_config` is no `SparseLoraConfig`.
-        ValueError: settings, model and data do not fit together; a model passed in is untouched then.
+        ValueError: settings, model and data do not fit together; a model passed in is untouched then. Where the
+            data is refused, weights that PiSSA, OLoRA and the like have rewritten are not: a warning says so.
     """
 
     _tag_names = ["trl", "sft", "sparselora"]  # noqa: RUF012 - TRL's own attribute
@@ -278,7 +281,13 @@ def _unwrap(model: object, wrapped: nn.Module, trained: list[nn.Parameter]) -> N
     """Take back what `SFTTrainer` did to a model that was passed in: its adapters, its forward, frozen parameters."""
     if not isinstance(model, PreTrainedModel) or wrapped is model:
         return
+    initialisations = {str(config.init_lora_weights).lower() for config in wrapped.peft_config.values()}
     wrapped.unload()
+    for name in filter(lambda name: name.startswith(_REWRITING), initialisations):
+        logger.warning(
+            f'SparseLoRA: init_lora_weights="{name}" has rewritten the frozen weights of the model that was passed '
+            "in. Load it again before you use it."
+        )
     model.disable_input_require_grads()
     model.__dict__.pop("forward", None)
     for parameter in trained:

@@ -563,6 +563,17 @@ def test_plain_model_comes_back_unwrapped_when_the_data_is_refused(tmp_path):
     assert "forward" not in vars(model)
 
 
+@pytest.mark.parametrize("init", [True, "eva", "pissa", "pissa_niter_4", "OLoRA"])
+def test_weights_that_an_initialisation_has_rewritten_are_told_of_when_the_data_is_refused(tmp_path, init, caplog):
+    model, adapters = tiny_model(), LoraConfig(target_modules=ATTENTION, init_lora_weights=init)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    with pytest.raises(ValueError, match="carries a label"):
+        make_trainer(tmp_path, SPARSE, model=model, data=NO_LABELS, peft_config=adapters)
+    after = model.state_dict()
+    rewritten = not all(torch.equal(after[name], weight) for name, weight in before.items())
+    assert rewritten == ("has rewritten the frozen weights" in caplog.text) == (init not in (True, "eva"))
+
+
 def test_flos_are_counted_as_by_the_trainer(tmp_path, monkeypatch):
     """Over batches of other lengths, with one walk through the model's parameters in a run."""
     dense = trained(tmp_path, data=examples(24, prompt=(3, 20)))
