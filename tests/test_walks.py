@@ -3,6 +3,7 @@
 import copy
 import pickle
 import time
+from collections import UserDict
 
 import pytest
 import torch
@@ -37,6 +38,13 @@ def test_parameters_are_the_models_in_its_order(model):
 def test_tied_parameters_come_once(model):
     base = model.get_base_model()
     base.lm_head.weight = base.model.embed_tokens.weight
+    QuickWalks(model)
+    assert_same_parameters(model)
+
+
+def test_parameters_in_a_mapping_that_is_no_dict(model):
+    linear = layer_of(model).mlp.up_proj
+    linear._parameters = UserDict(linear._parameters)
     QuickWalks(model)
     assert_same_parameters(model)
 

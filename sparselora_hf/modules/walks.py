@@ -8,7 +8,7 @@ still has the children it had, so what others add, replace or take away is seen.
 import functools
 from collections.abc import Iterator
 from itertools import chain
-from operator import attrgetter
+from operator import attrgetter, methodcaller
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 __all__ = ["QuickWalks"]
 
 _children, _own_parameters, _training = attrgetter("_modules"), attrgetter("_parameters"), attrgetter("training")
+_values = methodcaller("values")  # not `dict.values`: compressed-tensors puts mappings of its own in their place
 _OWN = {"train", "parameters"}
 _WALKS = ("modules", "named_modules", "named_children", "parameters", "named_parameters", "_named_members")
 
@@ -56,7 +57,7 @@ class QuickWalks:
         modules = self._walk() if recurse else None
         if modules is None:
             return type(self.model).parameters(self.model, recurse)
-        every = chain.from_iterable(map(dict.values, filter(None, map(_own_parameters, modules))))
+        every = chain.from_iterable(map(_values, filter(None, map(_own_parameters, modules))))
         return iter({id(parameter): parameter for parameter in every if parameter is not None}.values())
 
     def _walk(self) -> list[nn.Module] | None:
