@@ -217,6 +217,13 @@ def test_what_can_be_read_and_why_not():
     assert why_unreadable(bnb.nn.LinearNF4(64, 2).to("cpu")) == ""
     assert why_unreadable(Special(3, 2)) == "a Special, not a plain linear"
     assert "of bitsandbytes alone" in why_unreadable(HQQLinear())
+    for dtype in (torch.float8_e4m3fn, torch.int8):
+        packed = nn.Linear(3, 2)
+        packed.weight = nn.Parameter(packed.weight.to(dtype), requires_grad=False)
+        assert f"a weight in {str(dtype)[6:]}: of quantised weights" in why_unreadable(packed)
+    del packed.weight
+    assert "without a weight: of quantised weights" in why_unreadable(packed)
+    assert why_unreadable(nn.Linear(3, 2).half()) == why_unreadable(nn.Linear(3, 2).double()) == ""
     assert "not quantised yet" in why_unreadable(linear_4bit())
     assert "not quantised yet" in why_unreadable(bnb.nn.Linear8bitLt(8, 8, has_fp16_weights=True))
 

@@ -308,8 +308,15 @@ def why_unreadable(linear: nn.Module) -> str:
         return f"a {name}, not a plain linear: {hint}"
     if type(linear) is not nn.Linear:
         return f"a {name}, not a plain linear"
-    weight = type(linear.weight)
-    return f"a linear with a {weight.__name__}: {hint}" if weight.__module__.startswith("torchao.") else ""
+    weight = getattr(linear, "weight", None)
+    if weight is None:
+        return f"a linear without a weight: {hint}"
+    kind = type(weight)
+    if kind.__module__.startswith("torchao."):
+        return f"a linear with a {kind.__name__}: {hint}"
+    if not weight.is_floating_point() or weight.dtype.itemsize == 1:  # as compressed-tensors keeps them
+        return f"a linear with a weight in {str(weight.dtype).removeprefix('torch.')}: {hint}"
+    return ""
 
 
 def is_stored_packed(linear: nn.Module) -> bool:
