@@ -252,6 +252,7 @@ def test_sets_of_the_same_scores_are_chosen_once(criterion, times, monkeypatch):
     with sparsify(model, LEARNING[criterion]) as handle:
         for _ in range(2):  # a second run fits its own
             handle.begin_run(10)
+            assert not handle.state.calibration.fitted
             warm_up(model)
             handle.set_enabled(True)
             chosen.clear()
