@@ -71,6 +71,7 @@ _PHI3_MLP = {"gate_up": "gate_up_proj", "activation": "activation_fn"}
 _ROWS = (
     ModelFamily("cohere", "Cohere Command R", qk_norm="use_qk_norm"),
     ModelFamily("cohere2", "Cohere Command R7B, A"),
+    ModelFamily("ernie4_5", "ERNIE 4.5"),
     ModelFamily("exaone4", "EXAONE 4", qk_norm=True),
     ModelFamily("gemma", "Gemma 1"),
     ModelFamily("gemma2", "Gemma 2"),
@@ -94,9 +95,11 @@ _ROWS = (
     ModelFamily("gpt_oss", "gpt-oss", experts="experts"),
     ModelFamily("granite", "Granite 3"),
     ModelFamily("llama", "Llama 2, 3.x; SmolLM 1, 2; SmolVLM"),
+    ModelFamily("ministral3", "Ministral 3"),
     ModelFamily("mistral", "Mistral"),
     ModelFamily("mixtral", "Mixtral", experts="experts"),
     ModelFamily("olmo2", "OLMo 2", qk_norm=True),
+    ModelFamily("olmo3", "OLMo 3", qk_norm=True),
     ModelFamily("olmoe", "OLMoE", qk_norm=True, experts="experts"),
     ModelFamily(
         "phi",

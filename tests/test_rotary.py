@@ -20,7 +20,7 @@ from sparselora_hf.modules.rotary import LeanAttention
 from sparselora_hf.ops.rotary import lean_rotary
 
 LEAN = SparseLoraConfig(exact=("rotary",))
-OTHERWISE = {"cohere", "cohere2", "glm", "glm4", "gpt_oss"}  # pairs of neighbours, or half as many angles
+OTHERWISE = {"cohere", "cohere2", "ernie4_5", "glm", "glm4", "gpt_oss"}  # pairs of neighbours, or half as many angles
 # that take part, of two: some have no position; GPT-NeoX hands over whole heads with angles of a quarter of them
 ATTENTIONS = {**dict.fromkeys(OTHERWISE, 0), "gpt_neox": 0, "exaone4": 1, "smollm3": 1}
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
