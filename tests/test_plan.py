@@ -86,6 +86,10 @@ CASES = {
         "labels": torch.tensor([[N, N, N, 5, N]]),
         "attention_mask": torch.tensor([[1, 0, 0, 1, 0]]),
     },
+    "label on padding": {
+        "labels": torch.tensor([[N, 5, N, 6]]),
+        "attention_mask": torch.tensor([[1, 1, 0, 0]]),
+    },
     "packed rows": {
         "labels": torch.tensor([[N, N, 4, N, N, 5], [N, N, N, N, 3, 3]]),
         "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2], [0, 0, 1, 2, 3, 4]]),
