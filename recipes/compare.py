@@ -103,6 +103,7 @@ def figures(outcomes: Sequence[Any], scores: Sequence[dict[str, float]]) -> list
     loss = shared_loss(outcomes)
     first = max(outcome.first_sparse or 0 for outcome in outcomes)
     base, rows = outcomes[0], []
+    tasks = dict.fromkeys(task for score in scores for task in score)  # a folder may hold some of an earlier run
     for outcome, score in zip(outcomes, scores, strict=True):
         step, reached = outcome.step(first), outcome.seconds_to(loss)
         rows.append(
@@ -121,7 +122,7 @@ def figures(outcomes: Sequence[Any], scores: Sequence[dict[str, float]]) -> list
                 "loss_speedup": base.seconds_to(loss) / reached,
                 "eval_loss": outcome.evaluations[-1].loss,
                 "peak_memory": outcome.memory,
-                **{f"score_{task}": value for task, value in score.items()},
+                **{f"score_{task}": score.get(task) for task in tasks},
                 "first_sparse_step": None if outcome.first_sparse is None else outcome.first_sparse + 1,
                 "steps": len(outcome.steps),
             }

@@ -1,3 +1,4 @@
+import csv
 import importlib
 import io
 from pathlib import Path
@@ -69,6 +70,16 @@ def test_figures(compare):
     assert sparse["loss_speedup"] == 2.0
     assert (dense["first_sparse_step"], sparse["first_sparse_step"]) == (None, 2)
     assert sparse["score_gsm8k"] == 25.0
+
+
+def test_a_score_that_one_method_alone_has_loses_no_table(compare, monkeypatch, tmp_path):
+    told = iter([(DENSE, {"gsm8k": 50.0, "svamp": 20.0}), (SPARSE, {"gsm8k": 25.0, "mawps": 30.0})])
+    monkeypatch.setattr("sparselora_hf.comparison.in_fresh_process", lambda *arguments: next(told))
+    assert compare.main(["--output-dir", str(tmp_path)]) == 0
+    dense, sparse = csv.DictReader((tmp_path / "compare.csv").open())
+    assert (dense["score_gsm8k"], sparse["score_gsm8k"]) == ("50.0", "25.0")
+    assert (dense["score_svamp"], sparse["score_svamp"]) == ("20.0", "")
+    assert (dense["score_mawps"], sparse["score_mawps"]) == ("", "30.0")
 
 
 def test_table_has_a_column_for_each_method(compare):
