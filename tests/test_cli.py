@@ -229,6 +229,13 @@ def test_recipe_errors(capsys, tmp_path, text, message):
     assert message in error_of(capsys, "sft", *REQUIRED, "--config", str(tmp_path / "recipe.yaml"))
 
 
+def test_no_whole_model_is_trained_into_the_folder_of_an_adapter(capsys, tmp_path):
+    pytest.importorskip("trl")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    flags = [*REQUIRED, "--output_dir", str(tmp_path), "--dense", "--use_peft", "false"]
+    assert f"{tmp_path} holds an adapter" in error_of(capsys, "sft", *flags)
+
+
 # sft and doctor: runs
 
 

@@ -237,7 +237,8 @@ def parse(argv: Sequence[str]) -> Recipe:
     """Read the recipe and flags of a fine-tuning.
 
     Raises:
-        FileNotFoundError, ValueError: see `parse_groups`; or a sparse run without LoRA.
+        FileNotFoundError, ValueError: see `parse_groups`; a sparse run without LoRA, or one without LoRA into an
+            adapter's folder.
     """
     from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
 
@@ -256,3 +257,9 @@ def _check(recipe: Recipe) -> None:
         raise ValueError("Streamed data is not supported here. Leave dataset_streaming and streaming out.")
     if not recipe.model.use_peft and not recipe.data.dense:
         raise ValueError("SparseLoRA trains LoRA adapters and use_peft is off. Leave it out, or add --dense.")
+    folder = Path(recipe.training.output_dir)
+    if not recipe.model.use_peft and (folder / "adapter_config.json").is_file():
+        raise ValueError(
+            f"output_dir: {folder} holds an adapter, and transformers would put it on top of the whole model trained "
+            "into the same folder. Name another folder."
+        )
