@@ -63,9 +63,9 @@ def check_model(model: nn.Module, config: SparseLoraConfig, family: ModelFamily 
         The model's family.
 
     Raises:
-        ValueError: no Hugging Face model, or one wrapped for several devices, unknown family, a layer that does not
-            exist, a projection that is no linear, a configuration without the fields of a `ModelShape`, a rank above
-            a scored weight's, a weight that holds NaN or is not whole in this process.
+        ValueError: no Hugging Face model, one that is sparse already or wrapped for several devices, unknown family, a
+            layer that does not exist, a projection that is no linear, a configuration without the fields of a
+            `ModelShape`, a rank above a scored weight's, a weight that holds NaN or is not whole in this process.
     """
     family = _check_config(model, config, family)
     layers = list(decoder_layers(model, config, family))
@@ -88,6 +88,13 @@ def _check_config(model: nn.Module, config: SparseLoraConfig, family: ModelFamil
     if not hasattr(causal_model(model), "config"):
         raise ValueError(
             f"A {type(model).__name__} is no model of transformers or PEFT. Where one is a part of it, pass that part."
+        )
+    if any(isinstance(module, Patched) for module in model.modules()):
+        raise ValueError(
+            "The model is sparse already. Call restore() on its handle first: trainer.sparse_handle of the trainer "
+            "before, or what sparsify returned; where neither is left, load the model again. A copy of a sparse model "
+            "has no handle of its own: copy the handle by copy.deepcopy(handle), and restore that; its model is the "
+            "copy."
         )
     text_config = causal_model(model).config.get_text_config()
     family = family or find_family(text_config.model_type)
@@ -162,12 +169,6 @@ def attach(
     obstacle = blocker(causal_model(model).get_input_embeddings().weight.device) if config.kernels == "triton" else ""
     if obstacle:
         raise ValueError(f'kernels: "triton" cannot be had: {obstacle}. Use "auto", which takes Triton where it can.')
-    if any(isinstance(module, Patched) for module in model.modules()):
-        raise ValueError(
-            "The model is sparse already. Call restore() on its handle first: trainer.sparse_handle of the trainer "
-            "before, or what sparsify returned. A copy of a sparse model has no handle of its own: copy the handle "
-            "by copy.deepcopy(handle), and restore that; its model is the copy."
-        )
     text_config = causal_model(model).config.get_text_config()
     normalised = family.normalises_queries(text_config)
     layers = list(decoder_layers(model, config, family))

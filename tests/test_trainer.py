@@ -563,6 +563,19 @@ def test_plain_model_comes_back_unwrapped_when_the_data_is_refused(tmp_path):
     assert "forward" not in vars(model)
 
 
+def test_second_trainer_on_a_sparse_model_is_refused_before_peft_overwrites_its_adapters(tmp_path):
+    """As where a notebook's cell is run again; the first trainer's handle lets the model go."""
+    model = tiny_model()
+    first = make_trainer(tmp_path, SPARSE, model=model, **LORA)
+    fill_adapters(first.model)
+    before = snapshot(first.model)
+    with pytest.raises(ValueError, match=r"sparse already\. Call restore"):
+        make_trainer(tmp_path, SPARSE, model=model, **LORA)
+    assert_untouched(first.model, before)
+    first.sparse_handle.restore()
+    assert make_trainer(tmp_path, SPARSE, model=model, **LORA).sparse_handle.is_attached
+
+
 @pytest.mark.parametrize("init", [True, "eva", "pissa", "pissa_niter_4", "OLoRA"])
 def test_weights_that_an_initialisation_has_rewritten_are_told_of_when_the_data_is_refused(tmp_path, init, caplog):
     model, adapters = tiny_model(), LoraConfig(target_modules=ATTENTION, init_lora_weights=init)
