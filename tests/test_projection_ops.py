@@ -118,6 +118,17 @@ def test_types_are_those_of_the_arguments():
     assert {t.grad.dtype for t in (x, a, b)} == {torch.float32}
 
 
+@pytest.mark.parametrize("bias", [None, BIAS], ids=["", "bias"])
+def test_results_may_be_written_on(bias):
+    """As OLMo's code does, which clips queries, keys and values in place."""
+    results = []
+    for clip in (torch.clamp, torch.clamp_):
+        x, a, b = operands()
+        parts = projections(x, [Frozen(WEIGHT, bias, Branch(a, b, 1.0)) for _ in range(2)], x.dtype)
+        results.append(torch.autograd.grad(sum(clip(y, -0.5, 0.5).square().sum() for y in parts), (x, a, b)))
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+
+
 def test_what_is_kept_for_backward():
     x, a, b = operands()
     rows, _ = mixed(ROWS["some rows"], True, False)

@@ -68,9 +68,9 @@ class Frozen(NamedTuple):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., in]`` to ``[..., out]``, no view, without the branch."""
-        if self.rows is None:
-            return F.linear(x, self.weight, self.bias)
-        y = self.rows.forward(x.reshape(-1, x.shape[-1]), self.weight, self.bias)
+        flat = x.reshape(-1, x.shape[-1])
+        whole = self.rows is None
+        y = F.linear(flat, self.weight, self.bias) if whole else self.rows.forward(flat, self.weight, self.bias)
         return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))  # a view others could not write on
 
     def backward(self, grad: torch.Tensor, onto: torch.Tensor | None) -> torch.Tensor:
