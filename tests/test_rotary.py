@@ -20,9 +20,10 @@ from sparselora_hf.modules.rotary import LeanAttention
 from sparselora_hf.ops.rotary import lean_rotary
 
 LEAN = SparseLoraConfig(exact=("rotary",))
-OTHERWISE = {"cohere", "cohere2", "ernie4_5", "glm", "glm4", "gpt_oss"}  # pairs of neighbours, or half as many angles
-# that take part, of two: some have no position; GPT-NeoX hands over whole heads with angles of a quarter of them
-ATTENTIONS = {**dict.fromkeys(OTHERWISE, 0), "gpt_neox": 0, "exaone4": 1, "smollm3": 1}
+# pairs of neighbours, or half as many angles
+OTHERWISE = {"cohere", "cohere2", "ernie4_5", "glm", "glm4", "gpt_oss", "helium"}
+# that take part, of two: some have no position; GPT-NeoX and Nemotron hand over heads with angles of a share of them
+ATTENTIONS = {**dict.fromkeys(OTHERWISE, 0), "gpt_neox": 0, "nemotron": 0, "exaone4": 1, "smollm3": 1}
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
 TYPES = [*itertools.product(NARROW, repeat=2), (torch.float64, torch.float64)]
 

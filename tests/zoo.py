@@ -10,6 +10,8 @@ from transformers import (
     Qwen2AudioForConditionalGeneration,
 )
 
+from sparselora_hf.families import FAMILIES, find_family
+
 IMAGE_TOKEN = VOCAB - 1
 
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1}
@@ -17,10 +19,14 @@ _SLIDING = ["sliding_attention", "full_attention"]
 
 # what a family's configuration says beside the common settings
 CONFIGS = {
+    "apertus": {},
+    "arcee": {"mlp_bias": True},
     "cohere": {"logit_scale": 0.25},
     "cohere with qk norm": {"model_type": "cohere", "use_qk_norm": True},
     "cohere2": {"sliding_window": 6, "layer_types": _SLIDING},
+    "cwm": {"sliding_window": 6, "layer_types": _SLIDING},
     "ernie4_5": {"use_bias": True},
+    "exaone": {},
     "exaone4": {"sliding_window": 6, "sliding_window_pattern": 2, "layer_types": _SLIDING},
     "gemma": {},
     "gemma2": {"sliding_window": 6, "query_pre_attn_scalar": 8, "layer_types": _SLIDING},
@@ -31,13 +37,20 @@ CONFIGS = {
     "gpt_neox sequential": {"model_type": "gpt_neox", "use_parallel_residual": False},
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6},
     "granite": {"embedding_multiplier": 2.0, "logits_scaling": 3.0, "residual_multiplier": 0.5},
+    "helium": {},
+    "hunyuan_v1_dense": {},
+    "internlm3": {"qkv_bias": True, "bias": True},
     "llama": {"attention_bias": True, "mlp_bias": True},
     "ministral3": {"sliding_window": 6},
     "mistral": {"sliding_window": 6},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "nemotron": {"mlp_bias": True},
+    "olmo": {"clip_qkv": 0.5, "attention_bias": True},
     "olmo2": {},
     "olmo3": {"sliding_window": 6, "layer_types": _SLIDING},
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "clip_qkv": 3.0},
+    "persimmon": {"num_key_value_heads": 8},
+    "persimmon without qk norm": {"model_type": "persimmon", "num_key_value_heads": 8, "qk_layernorm": False},
     "phi": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attention_dropout": 0.0},
     "phi with qk norm": {"model_type": "phi", "qk_layernorm": True},
     "phi3": {"resid_pdrop": 0.0, "embd_pdrop": 0.0},
@@ -46,9 +59,16 @@ CONFIGS = {
     "qwen3": {},
     "qwen3_moe": _EXPERTS,
     "qwen3_moe with a dense layer": {"model_type": "qwen3_moe", **_EXPERTS, "mlp_only_layers": [1]},
+    "seed_oss": {"residual_dropout": 0.0, "attention_dropout": 0.0},
     "smollm3": {"no_rope_layers": [1, 0]},
+    "stablelm": {"use_parallel_residual": True, "use_qkv_bias": True},
+    "stablelm with qk norm": {"model_type": "stablelm", "qk_layernorm": True},
     "starcoder2": {"residual_dropout": 0.0, "embedding_dropout": 0.0, "attention_dropout": 0.0},
 }
+
+EXPERTS = {name for name, family in FAMILIES.items() if family.experts}
+# whose layers have no gated MLP: a plain one, or experts alone
+UNGATED = {name for name, row in FAMILIES.items() if not row.is_gated or (row.experts and not row.shared_mlp)}
 
 
 def _settings(model_type: str, **options) -> dict:
@@ -83,8 +103,6 @@ def zoo_model(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
 
 def lora_targets(model: nn.Module, part: str) -> list[str]:
     """Names of the linears of ``attention``, ``mlp`` or ``all``, whatever the family calls them."""
-    from sparselora_hf.families import find_family
-
     family = find_family(model.config.get_text_config().model_type)
     attention = (family.qkv,) if family.qkv else (family.q, family.k, family.v)
     mlp = (family.gate_up,) if family.gate_up else (family.gate, family.up)
@@ -106,6 +124,16 @@ def _text(model_type: str, **options) -> dict:
     return {"model_type": model_type, **_settings(model_type, **options)}
 
 
+def _grids(text: dict, **vision) -> tuple[dict, dict]:
+    """A Qwen-VL or GLM-V: images come as a list of patches with its grid, positions in three axes."""
+    text["rope_parameters"] = {"rope_type": "default", "mrope_section": [1, 1, 2], "partial_rotary_factor": 1.0}
+    ids = {"image_token_id": IMAGE_TOKEN, "vision_start_token_id": VOCAB - 2, "video_token_id": VOCAB - 3}
+    vision = {"depth": 1, "num_heads": 4, "patch_size": 2, "hidden_size": 32, "intermediate_size": 48, **vision}
+    return {"text_config": text, "vision_config": vision, **ids}, {"pixel_values": (16, 3 * 2 * 2 * 2)}
+
+
+_DEEPSTACK = {"depth": 2, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}
+
 # vision-language models: configuration, and the shape of an image's pixels
 VISION = {
     "gemma3": (
@@ -118,27 +146,15 @@ VISION = {
         },
         {"pixel_values": (1, 3, 8, 8)},
     ),
-    "qwen2_5_vl": (
-        {
-            "text_config": _text(
-                "qwen2_5_vl_text", rope_parameters={"rope_type": "default", "mrope_section": [1, 1, 2]}
-            ),
-            "vision_config": {
-                "hidden_size": 32,
-                "intermediate_size": 48,
-                "depth": 1,
-                "num_heads": 4,
-                "out_hidden_size": 64,
-                "patch_size": 2,
-                "spatial_patch_size": 2,
-                "window_size": 8,
-                "fullatt_block_indexes": [0],
-            },
-            "image_token_id": IMAGE_TOKEN,
-            "vision_start_token_id": VOCAB - 2,
-            "video_token_id": VOCAB - 3,
-        },
-        {"pixel_values": (16, 3 * 2 * 2 * 2)},
+    "glm46v": _grids(_text("glm4v_text"), image_size=8, out_hidden_size=64),
+    "glm4v": _grids(_text("glm4v_text"), image_size=8, out_hidden_size=64),
+    "qwen2_5_vl": _grids(
+        _text("qwen2_5_vl_text"), out_hidden_size=64, spatial_patch_size=2, window_size=8, fullatt_block_indexes=[0]
+    ),
+    "qwen2_vl": _grids(_text("qwen2_vl_text"), embed_dim=32, hidden_size=64),
+    "qwen3_vl": _grids(_text("qwen3_vl_text"), out_hidden_size=64, **_DEEPSTACK),
+    "qwen3_vl_moe": _grids(
+        _text("qwen3_vl_moe_text", **_EXPERTS, mlp_only_layers=[1]), out_hidden_size=64, **_DEEPSTACK
     ),
     "smolvlm": (
         {
@@ -156,7 +172,8 @@ def vision_model(name: str) -> nn.Module:
     """A tiny vision-language model whose images become four tokens."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(name, **VISION[name][0], pad_token_id=0)
-    return randomise(AutoModelForImageTextToText.from_config(config, dtype=torch.float32))
+    eager = {"experts_implementation": "eager"} if "moe" in name else {}
+    return randomise(AutoModelForImageTextToText.from_config(config, dtype=torch.float32, **eager))
 
 
 def audio_model() -> nn.Module:
@@ -194,8 +211,7 @@ def vision_batch(name: str) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     pixels = {key: torch.randn(shape, generator=generator) for key, shape in VISION[name][1].items()}
     images = ids == IMAGE_TOKEN
-    extra = {
-        "gemma3": {"token_type_ids": images.long()},
-        "qwen2_5_vl": {"image_grid_thw": torch.tensor([[1, 4, 4]]), "mm_token_type_ids": images.int()},
-    }
-    return {**batch, **pixels, **extra.get(name, {})}
+    if name == "gemma3":
+        return {**batch, **pixels, "token_type_ids": images.long()}
+    grids = {"image_grid_thw": torch.tensor([[1, 4, 4]]), "mm_token_type_ids": images.int()}
+    return {**batch, **pixels, **({} if name == "smolvlm" else grids)}
