@@ -176,7 +176,7 @@ WRONG = {
     ),
     "no LoRA": (tiny_model, SPARSE, "carries no LoRA adapter.*peft_config"),
     "LoRA on lm_head": (lambda: lora_model(targets=("q_proj", "lm_head")), SPARSE, "lm_head is not supported"),
-    "unknown family": (lambda: _as_gpt(lora_model()), SPARSE, "'gptj' is not known. Known: cohere, .*llama, .*qwen2"),
+    "unknown family": (lambda: _as_gpt(lora_model()), SPARSE, "'gptj' is not known. Known: apertus, .*llama, .*qwen2"),
     "rank": (
         lora_model,
         SPARSE.replace(rank=65, attention_sparsity=0.0),
