@@ -117,6 +117,12 @@ class SparseLoraHandle:
                 f"SparseLoRA: no step of this run is sparse: sparsity would start behind step {schedule.start} and "
                 f"end with step {min(schedule.end, max_steps)}. Lower start_step, or train longer."
             )
+        if self.config.is_sparse and self.is_attached and all(d.outcome != "sparse" for d in self.decisions):
+            reasons = "; ".join(sorted({d.reason for d in self.decisions if d.reason})) or "too few to drop one"
+            logger.warning(
+                f"SparseLoRA: no layer drops channels, though the settings ask for it: {reasons}. report() of the "
+                "handle lists them; dense_if_slower=False makes those sparse that are dense for their speed alone."
+            )
         self.state.reset()  # a run that was interrupted may have been sparse
         self.state.meter.reset()
         self.state.warned.clear()

@@ -72,7 +72,7 @@ class Meter:
 
     def add(
         self, plan: TokenPlan, sparse: bool, savings: frozenset[str], too_few: frozenset[str] = frozenset()
-    ) -> None:
+    ) -> bool:
         """Count one micro-batch.
 
         Args:
@@ -80,6 +80,9 @@ class Meter:
             sparse: whether parts drop channels that can.
             savings: names of the exact savings in force.
             too_few: those of them whose rows are too few for dense parts to leave out; sparse ones do without padding.
+
+        Returns:
+            Whether some parts can drop channels, and the batch is too small for any of them.
         """
         if self.since is None:
             self.since = time.perf_counter()
@@ -94,6 +97,7 @@ class Meter:
         self.context += len(plan.context)
         self.dense_flops += _total(counts, self._price((False,) * len(parts), frozenset(), frozenset()))
         self.flops += _total(counts, self._price(pays, savings, too_few))
+        return sparse and bool(able) and not any(pays)
 
     def _price(self, pays: tuple[bool, ...], savings: frozenset[str], too_few: frozenset[str]) -> list[float]:
         """Linear FLOPs of one token of each kind, with those parts sparse that pay."""

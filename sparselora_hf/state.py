@@ -218,7 +218,12 @@ class SparseState:
         rank, world = rank_and_world()
         number = (self.step - 1) * world + rank + 1
         self.batch = ActiveBatch(on_device, self.enabled, frozenset(savings), number)
-        self.meter.add(plan, self.batch.sparse, self.batch.savings, self.batch.savings - self.batch.left_out)
+        savings, too_few = self.batch.savings, self.batch.savings - self.batch.left_out
+        if self.meter.add(plan, self.batch.sparse, savings, too_few):
+            self.warn_once(
+                "SparseLoRA: this batch is too small for sparsity to pay on this device, judged by its shapes, so no "
+                "channel is dropped. Larger ones may be sparse; dense_if_slower=False makes all of them sparse."
+            )
         self._warn_without_context(plan)
         if self.calibration.gathers and not self.enabled:
             picks, slots = self.calibration.reservoir.draw(len(plan.context), number)

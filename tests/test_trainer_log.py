@@ -128,6 +128,25 @@ def test_no_context_is_said_once(tmp_path, caplog):
     assert "assistant_only_loss" in said[0]
 
 
+@pytest.mark.parametrize(
+    ("pays", "said"),
+    [
+        ("never", "no layer drops channels, though the settings ask for it: would not be faster sparse."),
+        ("in larger batches", "this batch is too small for sparsity to pay"),
+        ("always", None),
+    ],
+)
+def test_sparsity_that_does_not_pay_is_told_of_once(tmp_path, caplog, monkeypatch, pays, said):
+    fixed, per_row = {"never": (0.0, 1e9), "in larger batches": (1e12, 0.0), "always": (0.0, 0.0)}[pays]
+    monkeypatch.setattr("sparselora_hf.worth._FIXED", {"cpu": {"mlp": fixed, "attention": fixed}})
+    monkeypatch.setattr("sparselora_hf.worth._PER_ELEMENT", {"cpu": {"mlp": per_row, "attention": per_row}})
+    trainer = trained(tmp_path, SPARSE.replace(dense_if_slower=True))
+    warnings = [r.getMessage() for r in caplog.records if r.name.startswith("sparselora") and r.levelname == "WARNING"]
+    assert len(warnings) == (said is not None)
+    assert not said or said in warnings[0]
+    assert any(metrics(trainer, "sparselora/channel_sparsity")) is (said is None)
+
+
 @pytest.mark.parametrize("config", [SPARSE, SparseLoraConfig()], ids=["sparse", "exact alone"])
 def test_no_warning_where_there_is_no_reason(tmp_path, caplog, config):
     trained(tmp_path, config, max_steps=3)
