@@ -257,8 +257,15 @@ def _patch_part(handle: SparseLoraHandle, layer: Layer, part: Part | None, decis
     meter, worth = handle.state.meter, part.worth if part and handle.config.dense_if_slower else None
     if part is None and layer.mlp is not None:
         return  # counted as the MLP beside the experts
-    figures = Metered(decision.width, decision.keep, worth)
+    weights = 0 if part is None or part.modules else _frozen_weights(part.module)
+    figures = Metered(decision.width, decision.keep, worth, weights)
     (meter.attention if part and not part.is_mlp else meter.mlp).append(figures)
+
+
+def _frozen_weights(module: nn.Module) -> int:
+    """Weights of the frozen linears in a module."""
+    linears = (part for part in module.modules() if isinstance(part, nn.Linear) and not part.weight.requires_grad)
+    return sum(linear.in_features * linear.out_features for linear in linears)
 
 
 def _give_classes(handle: SparseLoraHandle, layer: Layer, part: Part, decision: Decision, last: bool) -> None:
@@ -325,11 +332,12 @@ def _make_lean(handle: SparseLoraHandle, layers: list[Layer]) -> None:
         handle._hooks.append(lean_mlps(links))
     if "norms" in handle.config.exact:
         kind = type(part_of(language_decoder(handle.model), handle.family, "norm"))
-        eps = causal_model(handle.model).config.get_text_config().to_dict().get("rms_norm_eps")
+        config = causal_model(handle.model).config.get_text_config().to_dict()
+        eps = config.get("rms_norm_eps") or config.get("norm_eps")
         modules = [layer.module for layer in layers] if eps else []
         handle._hooks.append(lean_norms(modules, kind, eps, handle.config.kernels))
     if "adapters" in handle.config.exact:
-        views = (AttentionView.of(layer.attention, handle.family) for layer in layers)
+        views = (AttentionView.of(layer.attention, handle.family) for layer in layers if layer.attends)
         handle._hooks.append(lean_adapters(view.modules for view in views))
     if "rotary" in handle.config.exact:
         patches = lean_attentions((layer.attention for layer in layers), handle.config.kernels)

@@ -4,7 +4,7 @@ Belongs to the run: it is saved with the checkpoint, restored on resume, and nev
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
@@ -107,7 +107,7 @@ class Calibration:
             self.scores[layer, "weight"] = weight
 
     @torch.no_grad()
-    def fit_attention(self, layer: int, view: AttentionView, roles: Iterable[str] = ()) -> None:
+    def fit_attention(self, layer: int, view: AttentionView, roles: Sequence[str]) -> None:
         """Fit what the configuration asks for of one attention module.
 
         Args:
@@ -119,9 +119,10 @@ class Calibration:
         if self.config.criterion == "svd_whitened":
             self._whiten(layer, view.inputs, x)
         if self.config.criterion in _GATHERED:
-            norms = {role: view.project(role, x).float().norm(dim=0) for role in ("q", "k", "v")}
-            self.scores[layer, "vo"] = norms["v"]
-            self.scores[layer, "qk"] = view.layout.pool_queries(norms["q"]) * norms["k"]
+            self.scores[layer, "vo"] = view.project("v", x).float().norm(dim=0)
+            if not {"q", "qkv"}.isdisjoint(roles):
+                q, k = (view.project(role, x).float().norm(dim=0) for role in "qk")
+                self.scores[layer, "qk"] = view.layout.pool_queries(q) * k
         if self.config.compensation == "low_rank":
             self._stand_in_by_factors(layer, view, roles)
 

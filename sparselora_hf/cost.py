@@ -344,7 +344,7 @@ def keep_lists(config: SparseLoraConfig, model: ModelShape) -> tuple[list[int | 
     def kept(width: int, sparsities: list[float], beside: int = 0) -> list[int | None]:
         return [beside + kept_channels(width, sparsity) if sparsity and width else None for sparsity in sparsities]
 
-    return kept(model.droppable, mlp, dense), kept(model.kv_width, attention)
+    return kept(model.droppable, mlp, dense), kept(model.kv_width * model.sparse_attention, attention)
 
 
 def bound(dense: StepCost, sparse: StepCost) -> float:

@@ -33,7 +33,8 @@ class Layer:
         number: counted from 0.
         name: name in the model.
         module: the layer.
-        attention: its attention module.
+        attention: its attention module, or what it has in its place.
+        attends: whether that is an attention with projections.
         mlp: its MLP; in a mixture of experts the MLP that every token passes through, None where there is none.
         mlp_name: name of the MLP in the layer.
         experts: whether the layer is a mixture of experts.
@@ -45,6 +46,7 @@ class Layer:
     name: str
     module: nn.Module
     attention: nn.Module
+    attends: bool
     mlp: nn.Module | None
     mlp_name: str
     experts: bool
@@ -62,23 +64,32 @@ def decoder_layers(model: nn.Module, config: SparseLoraConfig, family: ModelFami
             number,
             names[id(module)],
             module,
-            part_of(module, family, "attention"),
+            *_attention_of(module, family),
             *_mlp_of(module, family),
             mlp_sparsity[number],
             attention_sparsity[number],
         )
 
 
+def _attention_of(layer: nn.Module, family: ModelFamily) -> tuple[nn.Module, bool]:
+    """What mixes the tokens of a layer, and whether it is an attention with projections."""
+    if family.mixer and getattr(layer, family.attention, None) is None:
+        return part_of(layer, family, "mixer"), False
+    return part_of(layer, family, "attention"), family.has_projections
+
+
 def _mlp_of(layer: nn.Module, family: ModelFamily) -> tuple[nn.Module | None, str, bool]:
     """The MLP of a layer, its name, and whether the layer is a mixture of experts."""
     mlp = part_of(layer, family, "mlp")
-    children = dict(mlp.named_children())
+    own = getattr(mlp, "original_module", mlp)  # inside what PEFT's `modules_to_save` trains as a whole
+    children = dict(own.named_children())
     if family.experts not in children:
         return mlp, family.mlp, False
-    return children.get(family.shared_mlp), f"{family.mlp}.{family.shared_mlp}", True
+    return children.get(family.shared_mlp) if own is mlp else None, f"{family.mlp}.{family.shared_mlp}", True
 
 
 def projections(layer: Layer, family: ModelFamily) -> dict[str, nn.Module]:
     """Linears of a layer by role, as they stand in the model; those of experts are not among them."""
     mlp = MlpView.of(layer.mlp, family).modules if layer.mlp is not None else {}
-    return {**mlp, **AttentionView.of(layer.attention, family).modules}
+    attention = AttentionView.of(layer.attention, family).modules if layer.attends else {}
+    return {**mlp, **attention}

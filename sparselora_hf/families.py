@@ -18,14 +18,17 @@ class ModelFamily:
         title: name for people, in tables.
         layers: attribute of the decoder that lists its layers.
         norm: final norm of the decoder.
-        attention: attention module of a layer, with projections `q`, `k`, `v` and `o`.
+        attention: attention module of a layer, with projections `q`, `k`, `v` and `o`. Where `q` and `qkv` are empty
+            it has no such projections, as multi-head latent attention has none, and stays dense.
+        mixer: what some layers have in the place of attention (linear attention, a convolution); it stays dense.
         qkv: projection that computes queries, keys and values at once; `q`, `k` and `v` are not looked up then.
         qkv_by_head: the fused rows are grouped by key/value head (its queries, its key, its value), where otherwise
             all queries come first, then all keys, then all values.
         head_dim: attribute of the attention module that tells the channels of a head.
         qk_norm: queries and keys are normalised before they meet, which makes them unfit for dropping channels
             (`AttentionHook` says why): True, or the configuration's field that says so.
-        mlp: MLP module of a layer, with projections `gate`, `up`, `down`, the activation `activation`.
+        mlp: MLP module of a layer, with projections `gate`, `up`, `down`.
+        activation: activation of the MLP: an attribute of it, or the name of one of transformers' activations.
         gate: empty for a plain MLP, ``down(activation(up(x)))``.
         gate_up: projection that computes gate and up at once, gate first; `gate` and `up` are not looked up then.
         dropout: attribute of the MLP that gives the dropout of its output; empty where it has none.
@@ -38,6 +41,7 @@ class ModelFamily:
     layers: str = "layers"
     norm: str = "norm"
     attention: str = "self_attn"
+    mixer: str = ""
     q: str = "q_proj"
     k: str = "k_proj"
     v: str = "v_proj"
@@ -57,6 +61,11 @@ class ModelFamily:
     shared_mlp: str = ""
 
     @property
+    def has_projections(self) -> bool:
+        """Whether attention has projections that can drop channels."""
+        return bool(self.q or self.qkv)
+
+    @property
     def is_gated(self) -> bool:
         """Whether the MLP multiplies an activated gate with a second projection."""
         return bool(self.gate or self.gate_up)
@@ -66,6 +75,9 @@ class ModelFamily:
         return self.qk_norm if isinstance(self.qk_norm, bool) else bool(getattr(config, self.qk_norm))
 
 
+_DEEPSEEK = {"q": "", "experts": "experts", "shared_mlp": "shared_experts"}
+_LFM2_MLP = {"mlp": "feed_forward", "gate": "w1", "up": "w3", "down": "w2", "activation": "silu"}
+_LFM2 = {"norm": "embedding_norm", "mixer": "conv", "o": "out_proj", "qk_norm": True, **_LFM2_MLP}
 _PHI3_MLP = {"gate_up": "gate_up_proj", "activation": "activation_fn"}
 
 _ROWS = (
@@ -74,6 +86,8 @@ _ROWS = (
     ModelFamily("cohere", "Cohere Command R", qk_norm="use_qk_norm"),
     ModelFamily("cohere2", "Cohere Command R7B, A"),
     ModelFamily("cwm", "Code World Model"),
+    ModelFamily("deepseek_v2", "DeepSeek-V2", **_DEEPSEEK),
+    ModelFamily("deepseek_v3", "DeepSeek-V3, R1; Moonlight", **_DEEPSEEK),
     ModelFamily("ernie4_5", "ERNIE 4.5"),
     ModelFamily("exaone", "EXAONE 3"),
     ModelFamily("exaone4", "EXAONE 4", qk_norm=True),
@@ -83,6 +97,7 @@ _ROWS = (
     ModelFamily("glm", "GLM-4-9B", **_PHI3_MLP),
     ModelFamily("glm4", "GLM-4-0414", **_PHI3_MLP),
     ModelFamily("glm4v_text", "GLM-4.1V, GLM-4.6V Flash", **_PHI3_MLP),
+    ModelFamily("glm4_moe_lite", "GLM-4.7-Flash", **_DEEPSEEK),
     ModelFamily(
         "gpt_neox",
         "GPT-NeoX, Pythia",
@@ -102,7 +117,19 @@ _ROWS = (
     ModelFamily("helium", "Helium"),
     ModelFamily("hunyuan_v1_dense", "Hunyuan dense", qk_norm=True),
     ModelFamily("internlm3", "InternLM3"),
+    ModelFamily(
+        "granitemoehybrid",
+        "Granite 4",
+        mixer="mamba",
+        mlp="shared_mlp",
+        gate_up="input_linear",
+        down="output_linear",
+        activation="activation",
+    ),
+    ModelFamily("lfm2", "LFM2", **_LFM2),
+    ModelFamily("lfm2_moe", "LFM2-MoE", experts="experts", **_LFM2),
     ModelFamily("llama", "Llama 2, 3.x; SmolLM 1, 2; SmolVLM"),
+    ModelFamily("minicpm3", "MiniCPM3", q=""),
     ModelFamily("ministral3", "Ministral 3"),
     ModelFamily("mistral", "Mistral"),
     ModelFamily("mixtral", "Mixtral", experts="experts"),
@@ -141,10 +168,27 @@ _ROWS = (
     ModelFamily("qwen2_moe", "Qwen1.5-MoE, Qwen2-MoE", experts="experts", shared_mlp="shared_expert"),
     ModelFamily("qwen2_vl_text", "Qwen2-VL"),
     ModelFamily("qwen3", "Qwen3", qk_norm=True),
+    ModelFamily("qwen3_5_text", "Qwen3.5", mixer="linear_attn", qk_norm=True),
+    ModelFamily(
+        "qwen3_5_moe_text",
+        "Qwen3.5-MoE",
+        mixer="linear_attn",
+        qk_norm=True,
+        experts="experts",
+        shared_mlp="shared_expert",
+    ),
     ModelFamily("qwen3_moe", "Qwen3-MoE", qk_norm=True, experts="experts"),
     ModelFamily("qwen3_vl_moe_text", "Qwen3-VL-MoE", qk_norm=True, experts="experts"),
     ModelFamily("qwen3_vl_text", "Qwen3-VL", qk_norm=True),
     ModelFamily("seed_oss", "Seed-OSS", dropout="residual_dropout"),
+    ModelFamily(
+        "qwen3_next",
+        "Qwen3-Next",
+        mixer="linear_attn",
+        qk_norm=True,
+        experts="experts",
+        shared_mlp="shared_expert",
+    ),
     ModelFamily("smollm3", "SmolLM3"),
     ModelFamily("stablelm", "StableLM", qk_norm="qk_layernorm"),
     ModelFamily(
@@ -162,7 +206,8 @@ FAMILIES = {family.name: family for family in _ROWS}
 
 _EXAMPLE = """    from sparselora_hf import ModelFamily, sparsify
     family = ModelFamily("{name}", attention="self_attn", q="q_proj", mlp="mlp", gate="gate_proj")
-    # and qk_norm=True if it normalises queries and keys: dropped channels would inflate the others, and nothing warns
+    # and qk_norm=True if it normalises queries and keys: dropped channels would inflate the others, and nothing warns;
+    # q="" if its attention has no q/k/v/o; mixer="linear_attn" if some layers have that in the place of attention
     sparsify(model, config, family=family)        # or SparseLoraTrainer(..., model_family=family)"""
 
 
@@ -176,7 +221,7 @@ def find_family(model_type: str) -> ModelFamily:
         return FAMILIES[model_type]
     raise ValueError(
         f"Model family {model_type!r} is not known. Known: {', '.join(sorted(FAMILIES))}. "
-        f"If its layers have q/k/v/o projections and an MLP, describe it:\n{_EXAMPLE.format(name=model_type)}"
+        f"If its layers have an MLP, and q/k/v/o projections or none, describe it:\n{_EXAMPLE.format(name=model_type)}"
     )
 
 
@@ -189,6 +234,7 @@ def families_table() -> tuple[list[str], list[list[str]]]:
 def _describe(family: ModelFamily) -> list[str]:
     mlp = "fused gate and up" if family.gate_up else "gated" if family.gate else "plain"
     inputs = "one linear, by head" if family.qkv_by_head else "one linear" if family.qkv else "three linears"
+    inputs = inputs if family.has_projections else "latent"
     sparse = "MLP"
     if family.experts:
         mlp = "experts" + (" and a shared MLP" if family.shared_mlp else "")
@@ -196,4 +242,7 @@ def _describe(family: ModelFamily) -> list[str]:
     condition = f" where `{family.qk_norm}`" if isinstance(family.qk_norm, str) else ""
     attention = "q, k, v, o" if not family.qk_norm or condition else "v, o"
     note = f" (v, o{condition})" if condition else ""
-    return [family.title, f"`{family.name}`", mlp, inputs, f"{sparse}; {attention}{note}"]
+    if family.mixer:
+        note += " of layers with attention"
+    attention = f"; {attention}{note}" if family.has_projections else ""
+    return [family.title, f"`{family.name}`", mlp, inputs, f"{sparse}{attention}"]

@@ -16,12 +16,14 @@ _KINDS = ("context", "output", "padding", "loss")
 class Part:
     """MLP or attention of one layer: its width, the channels it keeps and when that pays (None: always).
 
-    A part that is never sparse keeps its width.
+    A part that is never sparse keeps its width. What is no attention with projections has none, and its frozen
+    linears hold so many `weights`.
     """
 
     width: int
     keep: int
     worth: Worth | None = None
+    weights: int = 0
 
     def pays(self, context: int, rows: int) -> bool:
         """Whether the part is sparse for a batch."""
@@ -121,7 +123,9 @@ class Meter:
                 "mlp_keep": mlp and shape.intermediate - mlp,
                 "attention_keep": attention and shape.kv_width - attention,
             }
-            for group, drop in (("mlp", mlp), ("projections", attention)):
+            weights = self.attention[layer].weights
+            total += 4.0 * weights * batch.tokens
+            for group, drop in (("mlp", mlp), *(() if weights else [("projections", attention)])):
                 names = exact if drop is None else (*exact, *(savings & {"padding"}))
                 cost = layer_cost(shape, batch, LoraShape(0), layer, exact=names, compensation_rank=self.rank, **keep)
                 total += getattr(cost, group).total

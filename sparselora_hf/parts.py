@@ -17,6 +17,7 @@ from .worth import Worth, attention_worth, mlp_worth
 __all__ = ["Part", "attention_part", "decide", "mlp_part", "stand_in_rank"]
 
 _MLP = ("gate", "up", "gate_up", "down")
+_UNDESCRIBED = "it has no q, k, v and o"
 _NORMALISED = "v and o alone: queries and keys are normalised"
 
 
@@ -27,7 +28,7 @@ class Part:
     Args:
         name: name in the model.
         module: the part.
-        modules: its linears by role, as they stand in the model.
+        modules: its linears by role, as they stand in the model; of what is no attention with projections none.
         kinds: channel sets that it keeps: ``mlp``, or ``qk`` and ``vo``, or ``vo`` alone.
         width: its channels (kv channels of an attention).
         hidden: width of the residual stream, which it reads.
@@ -54,6 +55,9 @@ class Part:
 
 def attention_part(layer: Layer, family: ModelFamily, config: SparseLoraConfig, normalised: bool) -> Part:
     """The attention of a layer; with `normalised` queries and keys the values alone drop channels."""
+    if not layer.attends:
+        name = next(name for name, module in layer.module.named_children() if module is layer.attention)
+        return Part(f"{layer.name}.{name}", layer.attention, {}, (), 0, 0, 0, Worth(0.0, 0.0, 0.0))
     view = AttentionView.of(layer.attention, family)
     keep = kept_channels(view.layout.kv_width, layer.attention_sparsity)
     kinds = ("vo",) if normalised else ("qk", "vo")
@@ -98,6 +102,8 @@ def decide(part: Part, config: SparseLoraConfig) -> Decision:
 
 def _why_dense(part: Part) -> str:
     """Reason why a part of a layer cannot be sparse; empty where it can."""
+    if not part.modules:
+        return _UNDESCRIBED
     for role, module in part.modules.items():
         base = base_linear(module)
         unreadable = why_unreadable(base)

@@ -81,6 +81,7 @@ class ModelShape:
         mlp_matrices: 3 for a gated MLP (gate, up, down), 2 for a plain one (up, down).
         tied: whether the head shares the embedding's weight.
         sparse_qk: whether queries and keys may drop channels (they may not where they are normalised).
+        sparse_attention: whether attention has projections that may drop channels at all.
         sparse_mlp: how many MLP channels may be dropped, None for all of them: in a mixture of experts those of the
             MLP that every token passes through.
         stored: MLP channels held in memory, where a token passes through some of them alone; 0 is `intermediate`.
@@ -96,6 +97,7 @@ class ModelShape:
     mlp_matrices: int = 3
     tied: bool = False
     sparse_qk: bool = True
+    sparse_attention: bool = True
     sparse_mlp: int | None = None
     stored: int = 0
 
@@ -104,7 +106,7 @@ class ModelShape:
         """Shape of a transformers configuration; of a vision-language model that of its language tower.
 
         A mixture of experts counts what one token passes through, taken to be the same in every layer. Of MLPs that
-        a configuration lists layer by layer the widest counts.
+        a configuration lists layer by layer the widest counts. What is in the place of attention counts as attention.
 
         Args:
             config: configuration with the field names that transformers has for all decoders.
@@ -133,15 +135,16 @@ class ModelShape:
             mlp_matrices=3 if family.is_gated else 2,
             tied=bool(values.get("tie_word_embeddings")),
             sparse_qk=not family.normalises_queries(text_config),
+            sparse_attention=family.has_projections,
         )._with_experts(values)
 
     def _with_experts(self, values: dict[str, Any]) -> "ModelShape":
         """The same with the MLP of a mixture of experts, where the configuration has one."""
         experts = _experts(values)
         if not experts:
-            return self
+            return dataclasses.replace(self, intermediate=_shared(values) or self.intermediate)
         width = values.get("moe_intermediate_size") or self.intermediate
-        shared = values.get("shared_expert_intermediate_size") or 0
+        shared = _shared(values)
         active = values["num_experts_per_tok"] * width + shared
         return dataclasses.replace(self, intermediate=active, sparse_mlp=shared, stored=experts * width + shared)
 
@@ -191,7 +194,13 @@ class ModelShape:
 
 def _experts(values: dict[str, Any]) -> int:
     """Experts of a layer, 0 where it is no mixture."""
-    return values.get("num_local_experts") or values.get("num_experts") or 0
+    return next(filter(None, map(values.get, ("num_local_experts", "num_experts", "n_routed_experts"))), 0)
+
+
+def _shared(values: dict[str, Any]) -> int:
+    """Channels of the MLP that every token passes through beside the experts, if any."""
+    width = values.get("shared_expert_intermediate_size") or values.get("shared_intermediate_size")
+    return width or (values.get("n_shared_experts") or 0) * (values.get("moe_intermediate_size") or 0)
 
 
 @dataclasses.dataclass(frozen=True)

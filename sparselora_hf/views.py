@@ -62,7 +62,8 @@ def _side(part: nn.Module, family: ModelFamily, field: str, side: str) -> int:
 
 def _activation(mlp: nn.Module, family: ModelFamily) -> Callable[[torch.Tensor], torch.Tensor]:
     """The activation of an MLP; where a fused one of another library has none, that of its configuration."""
-    name = getattr(getattr(mlp, "config", None), "hidden_act", None)
+    named = family.activation if family.activation in ACT2FN else None
+    name = getattr(getattr(mlp, "config", None), "hidden_act", named)
     if hasattr(mlp, family.activation) or name is None:
         return part_of(mlp, family, "activation")
     return _activation_of_name(name)

@@ -6,6 +6,7 @@ frozen weights (the criterion ``oracle``), written out from the formulas of the 
 
 import torch
 from torch import nn
+from transformers.activations import ACT2FN
 
 
 def base_of(module: nn.Module) -> nn.Module:
@@ -68,7 +69,7 @@ class HookedDense:
             inputs = base_of(mlp.get_submodule(family.gate_up))
         else:
             inputs = [base_of(mlp.get_submodule(n)) for n in (family.gate, family.up) if n]
-        act = mlp.get_submodule(family.activation)
+        act = getattr(mlp, family.activation, None) or ACT2FN[family.activation]
 
         def score(_, args):
             x = self.scored(args[0])
@@ -111,7 +112,7 @@ class HookedDense:
         if family.qkv:
             self.mask_product(linear["q"], lambda: [row for role in "qkv" for row in kept[role]()])
         else:
-            for role in "qkv":
+            for role in "v" if self.values_alone else "qkv":
                 self.mask_product(linear[role], kept[role])
         self.mask_input(o, name, "vo", expand)
 

@@ -42,6 +42,20 @@ def test_share_of_context(plan):
     assert figures(plan, times=3)["sparselora/context_share"] == figures(plan)["sparselora/context_share"]
 
 
+def test_attention_without_projections_costs_its_weights(plan):
+    """As many as q, k, v and o have cost as much; nothing of it is saved."""
+    weights = 2 * 64 * (64 + 32)
+    saved = {}
+    for kind, part in (("projections", Part(32, 32)), ("weights", Part(0, 0, weights=weights))):
+        for savings in ((), ("padding",)):
+            meter = meter_of()
+            meter.attention = [part] * 3
+            meter.add(plan, True, frozenset(savings))
+            saved[kind, savings] = meter.read()["sparselora/linear_flops_saved"]
+    assert saved["weights", ()] == saved["projections", ()] > 0
+    assert saved["weights", ()] < saved["weights", ("padding",)] < saved["projections", ("padding",)]
+
+
 def test_reading_starts_anew(plan):
     meter = Meter(SHAPE)
     meter.mlp, meter.attention = [Part(96, 96)] * 3, [Part(32, 32)] * 3

@@ -21,9 +21,12 @@ from sparselora_hf.ops.rotary import lean_rotary
 
 LEAN = SparseLoraConfig(exact=("rotary",))
 # pairs of neighbours, or half as many angles
-OTHERWISE = {"cohere", "cohere2", "ernie4_5", "glm", "glm4", "gpt_oss", "helium"}
-# that take part, of two: some have no position; GPT-NeoX and Nemotron hand over heads with angles of a share of them
-ATTENTIONS = {**dict.fromkeys(OTHERWISE, 0), "gpt_neox": 0, "nemotron": 0, "exaone4": 1, "smollm3": 1}
+OTHERWISE = {"cohere", "cohere2", "deepseek_v2", "ernie4_5", "glm", "glm4", "gpt_oss", "helium"}
+# heads with angles of a share of them, a function of another name for pairs, or no positions at all
+SHARES = {"deepseek_v3", "glm4_moe_lite", "gpt_neox", "granitemoehybrid", "nemotron"}
+SHARES |= {"qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"}
+# that take part, of two: in some layers there are no positions, or no attention
+ATTENTIONS = {**dict.fromkeys(OTHERWISE | SHARES, 0), "exaone4": 1, "lfm2": 1, "lfm2_moe": 1, "smollm3": 1}
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
 TYPES = [*itertools.product(NARROW, repeat=2), (torch.float64, torch.float64)]
 

@@ -15,6 +15,35 @@ from sparselora_hf.families import FAMILIES, find_family
 IMAGE_TOKEN = VOCAB - 1
 
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "decoder_sparse_step": 1}
+_LINEAR = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+_SHARED = {**_EXPERTS, "shared_expert_intermediate_size": 48}
+_LATENT = {
+    "head_dim": 4,
+    "num_key_value_heads": 8,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+}
+_DEEPSEEK = {
+    **_LATENT,
+    "first_k_dense_replace": 1,
+    "mlp_layer_types": ["dense", "sparse"],
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "n_shared_experts": 1,
+}
+_MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1}
 _SLIDING = ["sliding_attention", "full_attention"]
 
 # what a family's configuration says beside the common settings
@@ -25,6 +54,8 @@ CONFIGS = {
     "cohere with qk norm": {"model_type": "cohere", "use_qk_norm": True},
     "cohere2": {"sliding_window": 6, "layer_types": _SLIDING},
     "cwm": {"sliding_window": 6, "layer_types": _SLIDING},
+    "deepseek_v2": _DEEPSEEK,
+    "deepseek_v3": _DEEPSEEK,
     "ernie4_5": {"use_bias": True},
     "exaone": {},
     "exaone4": {"sliding_window": 6, "sliding_window_pattern": 2, "layer_types": _SLIDING},
@@ -33,6 +64,7 @@ CONFIGS = {
     "gemma3_text": {"sliding_window": 6, "query_pre_attn_scalar": 8, "layer_types": _SLIDING},
     "glm": {"attention_bias": True},
     "glm4": {"attention_bias": True},
+    "glm4_moe_lite": _DEEPSEEK,
     "gpt_neox": {"hidden_dropout": 0.0, "attention_dropout": 0.0},
     "gpt_neox sequential": {"model_type": "gpt_neox", "use_parallel_residual": False},
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6},
@@ -40,7 +72,21 @@ CONFIGS = {
     "helium": {},
     "hunyuan_v1_dense": {},
     "internlm3": {"qkv_bias": True, "bias": True},
+    "granitemoehybrid": {
+        "layer_types": ["mamba", "attention"],
+        "num_local_experts": 0,
+        "shared_intermediate_size": 96,
+        **_MAMBA,
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "lfm2_moe with a dense layer": {
+        "model_type": "lfm2_moe",
+        "layer_types": ["conv", "full_attention"],
+        "num_dense_layers": 1,
+        **_EXPERTS,
+    },
     "llama": {"attention_bias": True, "mlp_bias": True},
+    "minicpm3": _LATENT,
     "ministral3": {"sliding_window": 6},
     "mistral": {"sliding_window": 6},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
@@ -55,11 +101,14 @@ CONFIGS = {
     "phi with qk norm": {"model_type": "phi", "qk_layernorm": True},
     "phi3": {"resid_pdrop": 0.0, "embd_pdrop": 0.0},
     "qwen2": {},
-    "qwen2_moe": {**_EXPERTS, "shared_expert_intermediate_size": 48},
+    "qwen2_moe": _SHARED,
     "qwen3": {},
+    "qwen3_5_moe_text": {**_LINEAR, **_SHARED},
+    "qwen3_5_text": _LINEAR,
     "qwen3_moe": _EXPERTS,
     "qwen3_moe with a dense layer": {"model_type": "qwen3_moe", **_EXPERTS, "mlp_only_layers": [1]},
     "seed_oss": {"residual_dropout": 0.0, "attention_dropout": 0.0},
+    "qwen3_next": {**_LINEAR, **_SHARED},
     "smollm3": {"no_rope_layers": [1, 0]},
     "stablelm": {"use_parallel_residual": True, "use_qkv_bias": True},
     "stablelm with qk norm": {"model_type": "stablelm", "qk_layernorm": True},
@@ -101,10 +150,21 @@ def zoo_model(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     return randomise(model)
 
 
+# linears of what takes attention's place in some layers, or of attention that is not as others
+_OTHERS = {
+    "conv": ("in_proj",),
+    "linear_attn": ("in_proj_qkv", "in_proj_qkvz", "out_proj"),
+    "mamba": ("in_proj",),
+    "": ("q_b_proj", "kv_b_proj"),
+}
+
+
 def lora_targets(model: nn.Module, part: str) -> list[str]:
     """Names of the linears of ``attention``, ``mlp`` or ``all``, whatever the family calls them."""
     family = find_family(model.config.get_text_config().model_type)
     attention = (family.qkv,) if family.qkv else (family.q, family.k, family.v)
+    if family.mixer or not family.has_projections:
+        attention += _OTHERS[family.mixer]
     mlp = (family.gate_up,) if family.gate_up else (family.gate, family.up)
     names = {"attention": (*attention, family.o), "mlp": (*mlp, family.down)}
     return [name for name in (sum(names.values(), ()) if part == "all" else names[part]) if name]
@@ -156,6 +216,7 @@ VISION = {
     "qwen3_vl_moe": _grids(
         _text("qwen3_vl_moe_text", **_EXPERTS, mlp_only_layers=[1]), out_hidden_size=64, **_DEEPSTACK
     ),
+    "qwen3_5": _grids(_text("qwen3_5_text", **_LINEAR), out_hidden_size=64, num_position_embeddings=16),
     "smolvlm": (
         {
             "text_config": _text("llama"),
