@@ -90,6 +90,11 @@ class SparseLoraTrainer(SFTTrainer):
         model = given.get("model")
         self._config_given = sparse_config is not None
         self._family = model_family
+        if any(isinstance(callback, SparseLoraCallback) for callback in given.get("callbacks") or ()):
+            raise ValueError(
+                "callbacks: SparseLoraTrainer has a SparseLoraCallback of its own. Leave yours out, and pass its "
+                "configuration as sparse_config."
+            )
         self._checked = _check_before(model, given.get("peft_config"), sparse_config, model_family)
         trained = _trained_parameters(model)
         super().__init__(*args, **kwargs)

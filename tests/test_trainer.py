@@ -512,6 +512,7 @@ WRONG = {
     "layers": ({"config": SparseLoraConfig({"7": 0.5})}, "layer 7 does not exist"),
     "layers of a plain model": ({"model": tiny_model, "config": SparseLoraConfig({"7": 0.5}), **LORA}, "layer 7"),
     "rank": ({"config": SPARSE.replace(rank=100)}, "rank: 100 exceeds"),
+    "the callback too": ({"callbacks": [SparseLoraCallback(SPARSE)]}, "callbacks: .* Leave yours out"),
 }
 
 
