@@ -121,7 +121,7 @@ class SparseLoraHandle:
             reasons = "; ".join(sorted({d.reason for d in self.decisions if d.reason})) or "too few to drop one"
             logger.warning(
                 f"SparseLoRA: no layer drops channels, though the settings ask for it: {reasons}. report() of the "
-                "handle lists them; dense_if_slower=False makes those sparse that are dense for their speed alone."
+                "handle lists them; config.replace(dense_if_slower=False) makes those sparse that speed keeps dense."
             )
         self.state.reset()  # a run that was interrupted may have been sparse
         self.state.meter.reset()

@@ -74,6 +74,14 @@ def test_no_setting_is_no_configuration():
     assert settings.sparse_config({"preset": None, "mlp_sparsity": None, "seed": 3}) is None
 
 
+@pytest.mark.parametrize("given", [{"start_step": "0.1"}, {"dense_if_slower": "false", "sparse_seed": "1"}], ids=str)
+def test_settings_that_would_make_nothing_sparse_are_refused(given):
+    """They are not laid over the model's default, which is what a run without any takes."""
+    with pytest.raises(ValueError, match=rf"{', '.join(given)}: .*mlp_sparsity 0 for exact savings alone"):
+        settings.sparse_config(given)
+    assert not settings.sparse_config({**given, "mlp_sparsity": "0"}).is_sparse
+
+
 def test_prefixes_are_needed_and_suffice():
     trl = pytest.importorskip("trl")
     taken = set()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..config import SparseLoraConfig
-from .settings import sparse_arguments, sparse_config, to_arguments
+from .settings import SCHEDULE, sparse_arguments, sparse_config, to_arguments
 
 __all__ = ["DATA_FILE", "SMOKE", "DataArguments", "Recipe", "parse", "parse_groups", "read_recipe"]
 
@@ -230,7 +230,8 @@ def _in_small(values: dict[str, Any], known: set[str]) -> dict[str, Any]:
     to_arguments(section)  # what is wrong with it is said here as without --smoke
     folder = f"{values.get('output_dir', 'runs/recipe')}-smoke"
     small = {name: value for name, value in SMOKE.items() if name in known}
-    return {**values, **small, "output_dir": folder, "sparselora": {**section, **_SMOKE_SPARSITY}}
+    sparsity = _SMOKE_SPARSITY if any(name in section for name in SCHEDULE) else {}  # the default comes with its model
+    return {**values, **small, "output_dir": folder, "sparselora": {**section, **sparsity}}
 
 
 def parse(argv: Sequence[str]) -> Recipe:

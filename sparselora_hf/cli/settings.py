@@ -15,6 +15,7 @@ from ..config import SparseLoraConfig
 
 __all__ = [
     "CLASHING",
+    "SCHEDULE",
     "add_sparse_arguments",
     "argument_name",
     "positive",
@@ -24,6 +25,7 @@ __all__ = [
 ]
 
 CLASHING = ("seed",)  # fields that SFTConfig has too
+SCHEDULE = ("preset", "mlp_sparsity", "attention_sparsity")  # one of them says what is sparse
 _FIELDS = ("preset", *(field.name for field in dataclasses.fields(SparseLoraConfig)))
 
 
@@ -100,7 +102,8 @@ def sparse_config(values: Mapping[str, Any]) -> SparseLoraConfig | None:
         values: flag name to value; None stands for "not given", strings are read as YAML.
 
     Raises:
-        ValueError: a value that `SparseLoraConfig` refuses or that is no YAML.
+        ValueError: a value that `SparseLoraConfig` refuses or that is no YAML, or settings without one of `SCHEDULE`,
+            under which nothing would be sparse.
     """
     given = {}
     for name in _FIELDS:
@@ -109,6 +112,12 @@ def sparse_config(values: Mapping[str, Any]) -> SparseLoraConfig | None:
             given[name] = _parsed(name, value)
     if not given:
         return None
+    if not any(name in given for name in SCHEDULE):
+        raise ValueError(
+            f"{', '.join(map(argument_name, given))}: settings without {', '.join(SCHEDULE[:-1])} or {SCHEDULE[-1]} "
+            "make nothing sparse. Name one of them (mlp_sparsity 0 for exact savings alone), or leave all settings "
+            "out for the model's default."
+        )
     try:
         return SparseLoraConfig.from_dict(given)
     except TypeError as error:
