@@ -70,7 +70,8 @@ class SparseLoraTrainer(SFTTrainer):
     Raises:
         TypeError: `sparse_config` is no `SparseLoraConfig`.
         ValueError: settings, model and data do not fit together; a model passed in is untouched then. Where the
-            data is refused, weights that PiSSA, OLoRA and the like have rewritten are not: a warning says so.
+            data is refused, weights that PiSSA, OLoRA and the like have rewritten are not: a warning says so. What
+            `SFTTrainer` itself refuses once it has wrapped the model, as a chat template, leaves it wrapped.
     """
 
     _tag_names = ["trl", "sft", "sparselora"]  # noqa: RUF012 - TRL's own attribute
