@@ -99,13 +99,18 @@ def load_model(
 
 
 def _kind_of(base: str, source: dict[str, Any]) -> Any:
-    """Auto class of a base: most vision-language models, whose language tower answers, are no causal model's."""
+    """Auto class of a base: the one whose model its checkpoint names, which is what TRL trains.
+
+    Most vision-language models, whose language tower answers, are no causal model's; of some there are both.
+    """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING as CAUSAL
     from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING as WITH_IMAGES
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-    kind = type(AutoConfig.from_pretrained(base, **source))
-    return AutoModelForImageTextToText if kind in WITH_IMAGES and kind not in CAUSAL else AutoModelForCausalLM
+    config = AutoConfig.from_pretrained(base, **source)
+    kind, named = type(config), config.architectures or ()
+    is_whole = kind in WITH_IMAGES and (kind not in CAUSAL or WITH_IMAGES[kind].__name__ in named)
+    return AutoModelForImageTextToText if is_whole else AutoModelForCausalLM
 
 
 def _tokenizer_of(base: str, adapter: str | None) -> str:
