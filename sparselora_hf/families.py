@@ -19,7 +19,7 @@ class ModelFamily:
         layers: attribute of the decoder that lists its layers.
         norm: final norm of the decoder.
         attention: attention module of a layer, with projections `q`, `k`, `v` and `o`. Where `q` and `qkv` are empty
-            it has no such projections, as multi-head latent attention has none, and stays dense.
+            it has none that could drop channels, as multi-head latent attention, and stays dense.
         mixer: what some layers have in the place of attention (linear attention, a convolution); it stays dense.
         qkv: projection that computes queries, keys and values at once; `q`, `k` and `v` are not looked up then.
         qkv_by_head: the fused rows are grouped by key/value head (its queries, its key, its value), where otherwise
@@ -75,7 +75,8 @@ class ModelFamily:
         return self.qk_norm if isinstance(self.qk_norm, bool) else bool(getattr(config, self.qk_norm))
 
 
-_DEEPSEEK = {"q": "", "experts": "experts", "shared_mlp": "shared_experts"}
+_EXPERTS = {"experts": "experts", "shared_mlp": "shared_experts"}
+_DEEPSEEK = {"q": "", **_EXPERTS}
 _LFM2_MLP = {"mlp": "feed_forward", "gate": "w1", "up": "w3", "down": "w2", "activation": "silu"}
 _LFM2 = {"norm": "embedding_norm", "mixer": "conv", "o": "out_proj", "qk_norm": True, **_LFM2_MLP}
 _PHI3_MLP = {"gate_up": "gate_up_proj", "activation": "activation_fn"}
@@ -88,14 +89,22 @@ _ROWS = (
     ModelFamily("cwm", "Code World Model"),
     ModelFamily("deepseek_v2", "DeepSeek-V2", **_DEEPSEEK),
     ModelFamily("deepseek_v3", "DeepSeek-V3, R1; Moonlight", **_DEEPSEEK),
+    ModelFamily("dots1", "dots.llm1", qk_norm=True, **_EXPERTS),
     ModelFamily("ernie4_5", "ERNIE 4.5"),
+    ModelFamily("ernie4_5_moe", "ERNIE 4.5-MoE", **_EXPERTS),
     ModelFamily("exaone", "EXAONE 3"),
     ModelFamily("exaone4", "EXAONE 4", qk_norm=True),
+    ModelFamily("exaone_moe", "EXAONE-MoE", qk_norm=True, **_EXPERTS),
+    ModelFamily("flex_olmo", "FlexOlmo", qk_norm=True, experts="experts"),
     ModelFamily("gemma", "Gemma 1"),
     ModelFamily("gemma2", "Gemma 2"),
     ModelFamily("gemma3_text", "Gemma 3, with images too", qk_norm=True),
+    # queries, keys and values are normalised; some layers have no values of their own, some borrow keys and values
+    ModelFamily("gemma4_text", "Gemma 4, with images too", q=""),
+    ModelFamily("gemma4_unified_text", "Gemma 4 Unified", q=""),
     ModelFamily("glm", "GLM-4-9B", **_PHI3_MLP),
     ModelFamily("glm4", "GLM-4-0414", **_PHI3_MLP),
+    ModelFamily("glm4_moe", "GLM-4.5, GLM-4.6", qk_norm="use_qk_norm", **_EXPERTS),
     ModelFamily("glm4v_text", "GLM-4.1V, GLM-4.6V Flash", **_PHI3_MLP),
     ModelFamily("glm4_moe_lite", "GLM-4.7-Flash", **_DEEPSEEK),
     ModelFamily(
@@ -234,7 +243,7 @@ def families_table() -> tuple[list[str], list[list[str]]]:
 def _describe(family: ModelFamily) -> list[str]:
     mlp = "fused gate and up" if family.gate_up else "gated" if family.gate else "plain"
     inputs = "one linear, by head" if family.qkv_by_head else "one linear" if family.qkv else "three linears"
-    inputs = inputs if family.has_projections else "latent"
+    inputs = inputs if family.has_projections else "stay whole"
     sparse = "MLP"
     if family.experts:
         mlp = "experts" + (" and a shared MLP" if family.shared_mlp else "")

@@ -17,7 +17,7 @@ from .worth import Worth, attention_worth, mlp_worth
 __all__ = ["Part", "attention_part", "decide", "mlp_part", "stand_in_rank"]
 
 _MLP = ("gate", "up", "gate_up", "down")
-_UNDESCRIBED = "it has no q, k, v and o"
+_UNDESCRIBED = "it has no q, k, v and o that could drop channels"
 _NORMALISED = "v and o alone: queries and keys are normalised"
 
 

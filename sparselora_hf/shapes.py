@@ -20,6 +20,10 @@ _CONFIG_FIELDS = {
     "layers": "num_hidden_layers",
     "vocab": "vocab_size",
 }
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_k", "top_k_experts")
+_SHARED_EXPERTS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
+_SHARED_WIDTH = ("shared_expert_intermediate_size", "shared_intermediate_size")
 
 
 def _shape(
@@ -120,7 +124,8 @@ class ModelShape:
         values = text_config.to_dict()
         if isinstance(values.get("intermediate_size"), list):
             values["intermediate_size"] = max(values["intermediate_size"])
-        needed = [*_CONFIG_FIELDS.values(), *(["num_experts_per_tok"] if _experts(values) else [])]
+        values["num_experts_per_tok"] = _first(values, _EXPERTS_PER_TOKEN) or None
+        needed = [*_CONFIG_FIELDS.values(), *(["num_experts_per_tok"] if _first(values, _EXPERTS) else [])]
         missing = [name for name in needed if values.get(name) is None]
         if missing:
             raise ValueError(
@@ -140,7 +145,7 @@ class ModelShape:
 
     def _with_experts(self, values: dict[str, Any]) -> "ModelShape":
         """The same with the MLP of a mixture of experts, where the configuration has one."""
-        experts = _experts(values)
+        experts = _first(values, _EXPERTS)
         if not experts:
             return dataclasses.replace(self, intermediate=_shared(values) or self.intermediate)
         width = values.get("moe_intermediate_size") or self.intermediate
@@ -192,15 +197,17 @@ class ModelShape:
         return self.layers * (linears + 2 * self.hidden) + embeddings + self.hidden
 
 
-def _experts(values: dict[str, Any]) -> int:
-    """Experts of a layer, 0 where it is no mixture."""
-    return next(filter(None, map(values.get, ("num_local_experts", "num_experts", "n_routed_experts"))), 0)
+def _first(values: dict[str, Any], names: tuple[str, ...]) -> int:
+    """The number that a configuration gives by one of some names, 0 where it gives none."""
+    return next(filter(None, map(values.get, names)), 0)
 
 
 def _shared(values: dict[str, Any]) -> int:
     """Channels of the MLP that every token passes through beside the experts, if any."""
-    width = values.get("shared_expert_intermediate_size") or values.get("shared_intermediate_size")
-    return width or (values.get("n_shared_experts") or 0) * (values.get("moe_intermediate_size") or 0)
+    if values.get("enable_moe_block"):  # Gemma 4 has them beside its MLP
+        return values["intermediate_size"]
+    width = values.get("moe_intermediate_size") or 0
+    return _first(values, _SHARED_WIDTH) or _first(values, _SHARED_EXPERTS) * width
 
 
 @dataclasses.dataclass(frozen=True)

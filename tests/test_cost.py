@@ -258,11 +258,18 @@ def foreign_configuration(**options):
 
 
 def test_shape_of_experts_counted_by_another_name_raises():
-    config = foreign_configuration(num_experts=8, top_k_experts=2, moe_intermediate_size=32)
+    config = foreign_configuration(num_experts=8, experts_taken=2, moe_intermediate_size=32)
     with pytest.raises(ValueError, match="has no num_experts_per_tok"):
         ModelShape.from_config(config)
     config.num_experts_per_tok = 2
     assert ModelShape.from_config(config).intermediate == 64
+
+
+def test_shape_of_an_mlp_beside_experts():
+    """Gemma 4's: every token passes through both."""
+    names = {"num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 32, "enable_moe_block": True}
+    shape = ModelShape.from_config(foreign_configuration(**names))
+    assert (shape.intermediate, shape.droppable, shape.stored) == (2 * 32 + 24, 24, 8 * 32 + 24)
 
 
 def test_shape_of_mlps_listed_layer_by_layer_has_the_widest():

@@ -37,6 +37,7 @@ from zoo import (
     audio_model,
     vision_batch,
     vision_model,
+    zoo_config,
     zoo_lora,
     zoo_model,
 )
@@ -106,7 +107,7 @@ def test_sparse_is_the_masked_dense_model(name):
     decisions = compare(zoo_lora(name, "all"), make_batch(), SPARSE.replace(exact=("padding", "frozen_below")))
     dense = [d for d in decisions if d.outcome == "dense"]
     family = FAMILIES[name.split(" ")[0]]
-    mixers = [d for d in dense if d.reason == "it has no q, k, v and o"]
+    mixers = [d for d in dense if d.reason == "it has no q, k, v and o that could drop channels"]
     experts = [d for d in dense if d.reason == "experts stay dense"]
     assert all(d.name.endswith(family.mixer or family.attention) for d in mixers)
     assert all(d.name.endswith(f"{family.mlp}.experts") for d in experts)
@@ -164,6 +165,22 @@ def test_adapter_is_plain_pefts(name, tmp_path):
 def logits_of(model, ids):
     with torch.no_grad():
         return model.eval()(input_ids=ids).logits
+
+
+@pytest.mark.parametrize("way", ["no", "non-reentrant"])  # a reentrant checkpoint loses gradients by itself here
+def test_layers_that_borrow_keys_and_values_and_are_wider(way):
+    """Gemma 4: those of the lower layers are read by MLPs twice as wide, in the upper ones."""
+    types = ["sliding_attention", "full_attention"] * 2
+    upper = {"num_kv_shared_layers": 2, "use_double_wide_mlp": True}
+    torch.manual_seed(0)
+    config = zoo_config("gemma4_text", num_hidden_layers=4, layer_types=types, **upper)
+    model = add_lora(randomise(AutoModelForCausalLM.from_config(config)), r".*layers.*_proj").train()
+    batch = make_batch((12, 5), (3, 2), side="left")
+    want = run(model, batch)[1]
+    checkpoint(model, way)
+    assert_same(exactly(model, batch, SparseLoraConfig()), want, 1e-5)
+    decisions = compare(model, batch, SPARSE.replace(mlp_sparsity=0.5))
+    assert [d.width for d in decisions if d.outcome == "sparse"] == [96, 96, 192, 192]
 
 
 # every kind of LoRA: what PEFT is told, and which parts cannot be sparse with it
@@ -256,7 +273,7 @@ def test_language_tower_is_sparse_and_images_are_context(name):
     tower = r".*(language_model|text_model)\.layers.*_proj"
     model, batch = add_lora(vision_model(name), tower).train(), vision_batch(name)
     decisions = compare(model, batch)
-    left = ("experts", "linear_attn")
+    left = ("experts", "linear_attn", *(["self_attn"] if name == "gemma4" else []))
     assert all((d.outcome == "dense") == d.name.endswith(left) for d in decisions)
     assert len(decisions) == 4
     images = batch["input_ids"] == IMAGE_TOKEN

@@ -32,10 +32,8 @@ _LATENT = {
     "qk_nope_head_dim": 8,
     "v_head_dim": 8,
 }
-_DEEPSEEK = {
-    **_LATENT,
+_MOE = {
     "first_k_dense_replace": 1,
-    "mlp_layer_types": ["dense", "sparse"],
     "n_routed_experts": 4,
     "n_group": 1,
     "topk_group": 1,
@@ -43,8 +41,10 @@ _DEEPSEEK = {
     "moe_intermediate_size": 32,
     "n_shared_experts": 1,
 }
+_DEEPSEEK = {**_LATENT, **_MOE, "mlp_layer_types": ["dense", "sparse"]}
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1}
 _SLIDING = ["sliding_attention", "full_attention"]
+_GEMMA4 = {"layer_types": _SLIDING, "sliding_window": 6, "global_head_dim": 16}
 
 # what a family's configuration says beside the common settings
 CONFIGS = {
@@ -56,14 +56,34 @@ CONFIGS = {
     "cwm": {"sliding_window": 6, "layer_types": _SLIDING},
     "deepseek_v2": _DEEPSEEK,
     "deepseek_v3": _DEEPSEEK,
+    "dots1": _MOE,
     "ernie4_5": {"use_bias": True},
+    "ernie4_5_moe": {
+        "moe_num_experts": 4,
+        "moe_k": 2,
+        "moe_intermediate_size": 32,
+        "moe_num_shared_experts": 2,
+        "moe_layer_start_index": 0,
+    },
     "exaone": {},
     "exaone4": {"sliding_window": 6, "sliding_window_pattern": 2, "layer_types": _SLIDING},
+    "exaone_moe": {
+        "sliding_window": 6,
+        "layer_types": _SLIDING,
+        "mlp_layer_types": ["dense", "sparse"],
+        "num_shared_experts": 1,
+        **_EXPERTS,
+    },
+    "flex_olmo": {"num_experts": 4, "num_experts_per_tok": 2},
     "gemma": {},
     "gemma2": {"sliding_window": 6, "query_pre_attn_scalar": 8, "layer_types": _SLIDING},
     "gemma3_text": {"sliding_window": 6, "query_pre_attn_scalar": 8, "layer_types": _SLIDING},
+    "gemma4_text": {**_GEMMA4, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB},
+    "gemma4_unified_text": _GEMMA4,
     "glm": {"attention_bias": True},
     "glm4": {"attention_bias": True},
+    "glm4_moe": _MOE,
+    "glm4_moe with qk norm": {"model_type": "glm4_moe", **_MOE, "use_qk_norm": True, "n_shared_experts": 2},
     "glm4_moe_lite": _DEEPSEEK,
     "gpt_neox": {"hidden_dropout": 0.0, "attention_dropout": 0.0},
     "gpt_neox sequential": {"model_type": "gpt_neox", "use_parallel_residual": False},
@@ -136,9 +156,9 @@ def _settings(model_type: str, **options) -> dict:
     } | options
 
 
-def zoo_config(name: str):
+def zoo_config(name: str, **more):
     """Configuration of a tiny model."""
-    options = dict(CONFIGS[name])
+    options = CONFIGS[name] | more
     model_type = options.pop("model_type", name)
     return AutoConfig.for_model(model_type, **_settings(model_type, **options))
 
@@ -155,7 +175,7 @@ _OTHERS = {
     "conv": ("in_proj",),
     "linear_attn": ("in_proj_qkv", "in_proj_qkvz", "out_proj"),
     "mamba": ("in_proj",),
-    "": ("q_b_proj", "kv_b_proj"),
+    "": ("q_b_proj", "kv_b_proj", "q_proj"),
 }
 
 
@@ -192,6 +212,17 @@ def _grids(text: dict, **vision) -> tuple[dict, dict]:
     return {"text_config": text, "vision_config": vision, **ids}, {"pixel_values": (16, 3 * 2 * 2 * 2)}
 
 
+_GEMMA4_EXPERTS = {
+    **_GEMMA4,
+    "use_bidirectional_attention": "vision",
+    "num_global_key_value_heads": 2,
+    "attention_k_eq_v": True,
+    "hidden_size_per_layer_input": 0,
+    "enable_moe_block": True,
+    "num_experts": 4,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 32,
+}
 _DEEPSTACK = {"depth": 2, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]}
 
 # vision-language models: configuration, and the shape of an image's pixels
@@ -205,6 +236,18 @@ VISION = {
             "image_token_id": IMAGE_TOKEN,
         },
         {"pixel_values": (1, 3, 8, 8)},
+    ),
+    "gemma4": (
+        {
+            "text_config": _text("gemma4_text", **_GEMMA4_EXPERTS),
+            "vision_config": _vision(
+                num_key_value_heads=4, head_dim=8, patch_size=2, pooling_kernel_size=2, position_embedding_size=16
+            ),
+            "image_token_id": IMAGE_TOKEN,
+            "video_token_id": VOCAB - 3,
+            "audio_token_id": VOCAB,
+        },
+        {"pixel_values": (1, 16, 3 * 2 * 2)},
     ),
     "glm46v": _grids(_text("glm4v_text"), image_size=8, out_hidden_size=64),
     "glm4v": _grids(_text("glm4v_text"), image_size=8, out_hidden_size=64),
@@ -233,7 +276,7 @@ def vision_model(name: str) -> nn.Module:
     """A tiny vision-language model whose images become four tokens."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(name, **VISION[name][0], pad_token_id=0)
-    eager = {"experts_implementation": "eager"} if "moe" in name else {}
+    eager = {"experts_implementation": "eager"} if "moe" in name or name == "gemma4" else {}
     return randomise(AutoModelForImageTextToText.from_config(config, dtype=torch.float32, **eager))
 
 
@@ -274,5 +317,8 @@ def vision_batch(name: str) -> dict[str, torch.Tensor]:
     images = ids == IMAGE_TOKEN
     if name == "gemma3":
         return {**batch, **pixels, "token_type_ids": images.long()}
+    if name == "gemma4":
+        places = torch.cartesian_prod(torch.arange(4), torch.arange(4)).flip(1)[None]  # x before y
+        return {**batch, **pixels, "image_position_ids": places, "mm_token_type_ids": images.int()}
     grids = {"image_grid_thw": torch.tensor([[1, 4, 4]]), "mm_token_type_ids": images.int()}
     return {**batch, **pixels, **({} if name == "smolvlm" else grids)}
