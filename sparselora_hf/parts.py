@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import torch
 from torch import nn
 
 from .config import SparseLoraConfig
@@ -12,7 +13,7 @@ from .layers import kept_channels
 from .modules.lora import has_bare_matrices, ignores_base, is_plain_lora, rewrites_weight
 from .ops.quant import why_unreadable
 from .views import AttentionView, MlpView, base_linear
-from .worth import Worth, attention_worth, mlp_worth
+from .worth import Worth, attention_worth, mlp_worth, relative_rate
 
 __all__ = ["Part", "attention_part", "decide", "mlp_part", "stand_in_rank"]
 
@@ -61,7 +62,9 @@ def attention_part(layer: Layer, family: ModelFamily, config: SparseLoraConfig, 
     view = AttentionView.of(layer.attention, family)
     keep = kept_channels(view.layout.kv_width, layer.attention_sparsity)
     kinds = ("vo",) if normalised else ("qk", "vo")
-    worth = attention_worth(view.hidden, view.layout, keep, _device(view.o.module), len(kinds), stand_in_rank(config))
+    rank, device = stand_in_rank(config), _device(view.o.module)
+    rate = relative_rate(device)
+    worth = attention_worth(view.hidden, view.layout, keep, device.type, len(kinds), rank, rate)
     name = f"{layer.name}.{family.attention}"
     note = _NORMALISED if normalised else ""
     return Part(name, layer.attention, view.modules, kinds, view.layout.kv_width, view.hidden, keep, worth, note)
@@ -72,7 +75,8 @@ def mlp_part(layer: Layer, family: ModelFamily, config: SparseLoraConfig) -> Par
     view = MlpView.of(layer.mlp, family)
     keep = kept_channels(view.width, layer.mlp_sparsity)
     rank, device = stand_in_rank(config), _device(view.down.module)
-    worth = mlp_worth(view.hidden, view.width, keep, rank, device, len(view.inputs) + 1)
+    rate = relative_rate(device)
+    worth = mlp_worth(view.hidden, view.width, keep, rank, device.type, len(view.inputs) + 1, rate)
     name = f"{layer.name}.{layer.mlp_name}"
     return Part(name, layer.mlp, view.modules, ("mlp",), view.width, view.hidden, keep, worth)
 
@@ -82,9 +86,9 @@ def stand_in_rank(config: SparseLoraConfig) -> int:
     return config.compensation_rank if config.compensation == "low_rank" else 0
 
 
-def _device(module: nn.Module) -> str:
+def _device(module: nn.Module) -> torch.device:
     base = base_linear(module)  # of some quantisers it has no `weight`
-    return next(tensor.device.type for tensor in (*base.parameters(), *base.buffers()))
+    return next(tensor.device for tensor in (*base.parameters(), *base.buffers()))
 
 
 def decide(part: Part, config: SparseLoraConfig) -> Decision:

@@ -1,9 +1,13 @@
+import dataclasses
+from types import SimpleNamespace
+
 import pytest
+import torch
 from helpers import SPARSE, assert_same, differs, lora_model, loss_and_gradients, make_batch, sparse_result
 
 from sparselora_hf import sparsify
 from sparselora_hf.channels import HeadLayout
-from sparselora_hf.worth import Worth, attention_worth, mlp_worth
+from sparselora_hf.worth import Worth, attention_worth, mlp_worth, relative_rate
 
 
 def test_balance():
@@ -28,6 +32,31 @@ def test_savings_by_hand():
 def test_a_large_mlp_pays_and_a_tiny_one_does_not(device):
     assert mlp_worth(4096, 14336, 144, 0, device).pays(2048, 2048)
     assert not mlp_worth(64, 96, 10, 0, device).pays(2048, 2048)
+
+
+@pytest.mark.parametrize(
+    ("capability", "processors", "rate"),
+    [((9, 0), 132, 1.0), ((8, 0), 108, 0.41), ((7, 5), 40, 0.08), ((10, 0), 148, 2.24), ((99, 0), 1, 1.0)],
+    ids=["H200", "A100", "T4", "B200", "unknown"],
+)
+def test_a_smaller_chip_loses_fewer_products_to_the_host(monkeypatch, capability, processors, rate):
+    major, minor = capability
+    chip = SimpleNamespace(major=major, minor=minor, multi_processor_count=processors)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: chip)
+    relative_rate.cache_clear()
+    try:
+        assert relative_rate(torch.device("cuda", 0)) == pytest.approx(rate, abs=0.005)
+    finally:
+        relative_rate.cache_clear()
+
+
+def test_the_rate_of_a_device_scales_what_a_call_costs():
+    assert relative_rate(torch.device("cpu")) == 1.0
+    whole, half = (mlp_worth(4096, 14336, 144, 0, "cuda", rate=rate) for rate in (1.0, 0.5))
+    assert half == dataclasses.replace(whole, fixed=whole.fixed / 2)
+    layout = HeadLayout(32, 8, 128)
+    whole, half = (attention_worth(4096, layout, 256, "cuda", rate=rate) for rate in (1.0, 0.5))
+    assert half == dataclasses.replace(whole, fixed=whole.fixed / 2)
 
 
 def test_tiny_layers_stay_dense_unless_told_otherwise(batch):
