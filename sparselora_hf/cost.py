@@ -155,12 +155,17 @@ class _Layer:
         return self.model.widths(), self.model.widths(self.mlp_keep, self.attention_keep)
 
     def frozen(self, names: Iterable[str]) -> list[_Product]:
-        """Products of the base weights."""
+        """Products of the base weights; every token passes through experts, whatever may be left out beside them."""
         whole, kept = self.widths()
+        experts = self.model.intermediate - self.model.droppable
         products = []
         for name in names:
             dense, sparse = self.rows(name)
             gradient = self.input_gradient(name)
+            if experts and name in MLP_PROJECTIONS:
+                beside = (experts, self.model.hidden) if name == "down_proj" else (self.model.hidden, experts)
+                left_out = self.batch.tokens - dense - sparse
+                products.append(_Product(left_out, *beside, gradient))
             products += [_Product(dense, *whole[name], gradient), _Product(sparse, *kept[name], gradient)]
         return products
 

@@ -134,7 +134,9 @@ class Meter:
     def _shape_of(self, mlp: Part) -> ModelShape:
         """Shape of a layer: of a mixture of experts, unless this is a layer of the mixture that has none."""
         among_experts = mlp.width in (0, self.model.sparse_mlp)
-        return self.model if among_experts else dataclasses.replace(self.model, intermediate=mlp.width)
+        if among_experts:
+            return self.model
+        return dataclasses.replace(self.model, intermediate=mlp.width, sparse_mlp=None)
 
     def read(self) -> dict[str, float]:
         """Figures since the last reading, then start anew; empty when no batch was counted."""

@@ -104,6 +104,27 @@ def test_layer_without_experts_has_its_own_width(plan):
     assert meter.read()["sparselora/linear_flops_saved"] == pytest.approx(saved / dense, abs=1e-4)
 
 
+def test_every_token_passes_through_experts(plan):
+    """Nothing of their 64 channels is left out, of the 32 beside them what an MLP without experts leaves out."""
+    meter, beside = meter_of(attention=(32, 32, 32)), meter_of(attention=(32, 32, 32))
+    meter.model = dataclasses.replace(SHAPE, sparse_mlp=32)
+    beside.model = dataclasses.replace(SHAPE, intermediate=32)
+    for each in (meter, beside):
+        each.mlp = [Part(32, 8)] * 3
+        each.add(plan, True, frozenset({"padding", "last_layer"}))
+    assert meter.dense_flops - meter.flops == pytest.approx(beside.dense_flops - beside.flops)
+    assert meter.dense_flops - beside.dense_flops == plan.shape[0] * plan.shape[1] * 2 * 2 * 3 * 3 * 64 * 64
+
+
+def test_stand_in_of_a_layer_without_experts(plan):
+    """In a mixture its width is that of the layer's own MLP."""
+    meter, alone = meter_of(rank=4), meter_of(rank=4)
+    meter.model = dataclasses.replace(SHAPE, intermediate=48, sparse_mlp=16)
+    for each in (meter, alone):
+        each.add(plan, True, frozenset())
+    assert meter.read() | SPEED == alone.read() | SPEED
+
+
 def test_channel_sparsity_is_the_mean_over_sparse_parts(plan):
     want = (2 * (1 - 10 / 96) + (1 - 8 / 32)) / 3
     assert figures(plan, True)["sparselora/channel_sparsity"] == pytest.approx(want, abs=1e-4)
