@@ -344,6 +344,7 @@ def _per_layer(field: str, keep: Sequence[int | None] | None, model: ModelShape)
 def keep_lists(config: SparseLoraConfig, model: ModelShape) -> tuple[list[int | None], list[int | None]]:
     """MLP channels and key/value channels that a configuration keeps per layer, None where a layer is dense."""
     mlp, attention = config.layer_sparsity(model.layers)
+    attention = [0.0 if layer in model.mixers else sparsity for layer, sparsity in enumerate(attention)]
     dense = model.intermediate - model.droppable  # channels of experts
 
     def kept(width: int, sparsities: list[float], beside: int = 0) -> list[int | None]:

@@ -86,6 +86,7 @@ class ModelShape:
         tied: whether the head shares the embedding's weight.
         sparse_qk: whether queries and keys may drop channels (they may not where they are normalised).
         sparse_attention: whether attention has projections that may drop channels at all.
+        mixers: layers that have something else in the place of attention, which drops none.
         sparse_mlp: how many MLP channels may be dropped, None for all of them: in a mixture of experts those of the
             MLP that every token passes through.
         stored: MLP channels held in memory, where a token passes through some of them alone; 0 is `intermediate`.
@@ -102,6 +103,7 @@ class ModelShape:
     tied: bool = False
     sparse_qk: bool = True
     sparse_attention: bool = True
+    mixers: tuple[int, ...] = ()
     sparse_mlp: int | None = None
     stored: int = 0
 
@@ -141,6 +143,7 @@ class ModelShape:
             tied=bool(values.get("tie_word_embeddings")),
             sparse_qk=not family.normalises_queries(text_config),
             sparse_attention=family.has_projections,
+            mixers=_mixers(values) if family.mixer else (),
         )._with_experts(values)
 
     def _with_experts(self, values: dict[str, Any]) -> "ModelShape":
@@ -208,6 +211,12 @@ def _shared(values: dict[str, Any]) -> int:
         return values["intermediate_size"]
     width = values.get("moe_intermediate_size") or 0
     return _first(values, _SHARED_WIDTH) or _first(values, _SHARED_EXPERTS) * width
+
+
+def _mixers(values: dict[str, Any]) -> tuple[int, ...]:
+    """Layers whose kind is no attention, or a linear one."""
+    kinds = enumerate(values.get("layer_types") or ())
+    return tuple(layer for layer, kind in kinds if "attention" not in kind or kind == "linear_attention")
 
 
 @dataclasses.dataclass(frozen=True)

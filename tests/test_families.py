@@ -440,7 +440,8 @@ def test_shape_of_the_configuration(name):
     if family.has_projections:
         attention = AttentionView.of(layers[-1].get_submodule(family.attention), family)
         assert (shape.heads, shape.kv_heads, shape.head_dim) == dataclasses.astuple(attention.layout)
-    assert any(keep_lists(SPARSE.replace(mlp_sparsity=0.0), shape)[1]) == family.has_projections
+    attends = [family.has_projections and getattr(layer, family.attention, None) is not None for layer in layers]
+    assert [keep is not None for keep in keep_lists(SPARSE, shape)[1]] == attends
     assert shape.sparse_qk != family.normalises_queries(model.config)
     mlps = [layer.get_submodule(family.mlp) for layer in layers]
     mlp = next((mlp for mlp in mlps if hasattr(mlp, family.experts)), mlps[0])
