@@ -351,7 +351,21 @@ def test_rows_end_in_the_token_that_a_flag_names(rows_of):
 @needs_data
 def test_long_rows_are_left_out_under_packing_too(rows_of):
     flags = ("--long_rows", "drop", "--max_length", "400", "--max_examples", "50")
-    assert rows_of(*flags, "--packing")[1] == rows_of(*flags)[1]
+    rows = rows_of(*flags)[1]
+    assert len(rows) == 50  # of those that are left
+    assert rows_of(*flags, "--packing")[1] == rows
+
+
+@needs_data
+def test_packing_is_given_rows_whole(rows_of):
+    flags = ("--max_length", "400", "--max_examples", "50")
+    assert max(map(len, rows_of(*flags, "--packing")[1])) > 400 == max(map(len, rows_of(*flags)[1]))
+
+
+@needs_data
+def test_rows_whose_prompts_are_learned_too_are_left_to_trl(rows_of):
+    with pytest.raises(ValueError, match="'input_ids' doesn't exist"):
+        rows_of("--completion_only_loss", "false", "--max_examples", "3")
 
 
 @needs_data

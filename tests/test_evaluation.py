@@ -1,6 +1,7 @@
 """`sparselora eval` from questions to results, with tiny models that know nothing."""
 
 import copy
+import dataclasses
 import json
 import os
 import shutil
@@ -190,7 +191,7 @@ def test_greedy_whatever_the_models_own_settings_say(tokenizer):
 
 
 def test_an_answer_ends_where_training_ended_it(tokenizer):
-    """The tokenizer's end token holds, whatever end the model's own settings name."""
+    """The tokenizer's end token holds, and those that the model's own settings name."""
     model = tiny_model(layers=2).eval()
     ((whole,),) = Generator(model, tokenizer, Sampling(6)).answer(["one two"], 0)
     ended = copy.deepcopy(tokenizer)
@@ -198,6 +199,10 @@ def test_an_answer_ends_where_training_ended_it(tokenizer):
     ((answer,),) = Generator(model, ended, Sampling(6)).answer(["one two"], 0)
     assert whole.startswith(answer)
     assert len(answer) <= 4 < len(whole)
+    model.generation_config.eos_token_id = [2, *tokenizer(whole[3])["input_ids"]]
+    assert Generator(model, tokenizer, Sampling(6)).answer(["one two"], 0) == [[whole[: whole.index(whole[3]) + 1]]]
+    model.generation_config.update(eos_token_id=2, forced_eos_token_id=2)  # which is no part of the answer
+    assert Generator(model, tokenizer, Sampling(6)).answer(["one two"], 0) == [[whole[:5]]]
 
 
 def test_an_answer_ends_at_a_string_of_the_models_own(tokenizer):
@@ -223,12 +228,24 @@ def test_no_prompt_ends_in_an_end_token(tokenizer):
     assert Generator(model, ending, Sampling(6))._encode(["one"])["input_ids"][0, -1] == tokenizer("e")["input_ids"][0]
 
 
+def test_a_prompt_that_starts_with_a_start_token_gets_no_other(tokenizer):
+    """As chat templates write it."""
+    starting = copy.deepcopy(tokenizer)
+    starting.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", 1)]
+    )
+    one, two = Generator(tiny_model(layers=2), starting, Sampling(1))._rows(["<bos>one", "one"])
+    assert one == two == starting("one")["input_ids"]
+
+
 def test_samples_differ_and_repeat_with_their_seed(tokenizer):
     generator = Generator(tiny_model(layers=2).eval(), tokenizer, Sampling(8, samples=3, temperature=2.0, top_p=1.0))
     (first,) = generator.answer(["one two"], 5)
     assert len(set(first)) > 1
     assert generator.answer(["one two"], 5) == [first]
     assert generator.answer(["one two"], 6) != [first]
+    other = Generator(generator.model, tokenizer, dataclasses.replace(generator.sampling, seed=1))
+    assert other.answer(["one two"], 4) == [first]
 
 
 def test_batches_hold_prompts_of_like_length_once(tokenizer):
@@ -399,6 +416,15 @@ def test_mt_bench_in_fastchats_form(world, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "mt_bench.jsonl").read_text().splitlines()]
     assert {"question_id", "answer_id", "model_id", "choices", "tstamp"} == set(lines[0])
     assert (lines[0]["question_id"], lines[0]["model_id"], len(lines[0]["choices"][0]["turns"])) == (81, "adapter", 2)
+
+
+def test_conversations_of_other_lengths_end_where_they_do(world, tmp_path):
+    row = dict(TASKS["mt_bench"].example)
+    rows = [row | {"question_id": n, "turns": row["turns"][:n]} for n in (1, 2)]
+    (tmp_path / "mt_bench.json").write_text(json.dumps(rows))
+    assert run(world, "--task", "mt_bench", "--output", str(tmp_path), "--data", str(tmp_path)) == 0
+    lines = [json.loads(line) for line in (tmp_path / "mt_bench.jsonl").read_text().splitlines()]
+    assert {line["question_id"]: len(line["choices"][0]["turns"]) for line in lines} == {1: 1, 2: 2}
 
 
 def test_humaneval_in_evalplus_form_and_nothing_is_run(world, tmp_path, monkeypatch):
@@ -736,6 +762,10 @@ def test_the_tokenizer_is_the_trainings_own(world, tmp_path, tokenizer):
     trained.chat_template = "{{ messages[0].content }}"
     trained.save_pretrained(tmp_path)
     assert load_model(str(world / "base"), adapter)[1].chat_template == trained.chat_template
+
+
+def test_a_type_that_is_named_holds_on_a_cpu_too(world):
+    assert load_model(str(world / "base"), None, "bfloat16")[0].dtype == torch.bfloat16
 
 
 def test_the_adapter_is_applied(world):

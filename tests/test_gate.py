@@ -26,6 +26,7 @@ from sparselora_hf.modules.classes import Patched, link_of
 from sparselora_hf.modules.gate import LeanMlp
 from sparselora_hf.ops import gate as gate_ops
 from sparselora_hf.ops import mixed_mlp as mixed_ops
+from sparselora_hf.ops.activations import activation_kind
 from sparselora_hf.ops.gate import activate, gated_activation
 
 LEAN = SparseLoraConfig(exact=("activations",))
@@ -204,16 +205,19 @@ ODD = {
 
 @pytest.mark.parametrize("forward", ODD.values(), ids=ODD.keys())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_mlps_that_do_anything_else_are_left_alone(forward, dtype):
+@pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
+def test_mlps_that_do_anything_else_are_left_alone(forward, dtype, train):
+    """In training: a model may be in evaluation mode until then."""
     model = lora_model(dtype=dtype)
     odd, activated, usual = mlps_of(model)
     odd.__class__ = type("Odd", (LlamaMLP,), {"forward": forward})
     activated.act_fn = nn.Tanh()
+    model.train(train)
     random = torch.get_rng_state()
     with sparsify(model, LEAN):
         assert [is_lean(mlp) for mlp in (odd, activated, usual)] == [False, False, True]
     assert torch.equal(torch.get_rng_state(), random)
-    assert all(module.training for module in model.modules())
+    assert {module.training for module in model.modules()} == {train}
 
 
 def on_instance(mlp, calls):
@@ -246,6 +250,7 @@ def test_a_forward_put_on_an_mlp_serves(later, exact, seen, batch):
 def test_an_activation_exchanged_later_is_used(seen, batch):
     model = lora_model()
     with sparsify(model, LEAN):
+        loss_and_gradients(model, batch)
         for mlp in mlps_of(model):
             mlp.act_fn = nn.Tanh()
         seen.clear()
@@ -259,6 +264,12 @@ class Half(nn.Linear):
 
     def forward(self, x):
         return super().forward(x).bfloat16()
+
+
+@pytest.mark.parametrize("activation", [nn.GELU(), nn.GELU("tanh"), nn.SiLU(), nn.ReLU(), F.silu, F.gelu], ids=str)
+def test_activations_go_by_the_name_of_what_they_compute(activation):
+    x = torch.linspace(-3, 3, 12).view(2, 6)
+    torch.testing.assert_close(gated_activation([x, torch.ones(2, 6)], activation_kind(activation)), activation(x))
 
 
 def test_products_of_two_types_meet_as_in_the_familys_code(batch):

@@ -87,8 +87,9 @@ def test_every_family_trains_as_before(name):
         assert_same(loss_and_gradients(model, batch), want, 5e-5)
 
 
-def test_tokens_that_look_ahead_need_the_mask():
+@pytest.mark.parametrize("setting", [{"use_bidirectional_attention": True}, {"is_causal": False}], ids=str)
+def test_tokens_that_look_ahead_need_the_mask(setting):
     model = lora_model()
-    model.get_base_model().model.config.use_bidirectional_attention = True
+    model.get_base_model().model.config.update(setting)
     with sparsify(model, PADDING):
         assert masked(model, make_batch()) == 3 * [True]

@@ -137,6 +137,10 @@ UNUSUAL = {
         AdaLoraConfig(target_modules=["q_proj", "up_proj"], total_step=10),
         r"mlp: dense \(the adapter on up is AdaLoRA",
     ),
+    "DoRA": (
+        LoraConfig(target_modules=["up_proj"], use_dora=True),
+        r"mlp: dense \(the adapter on up is not plain LoRA",
+    ),
 }
 
 

@@ -12,7 +12,7 @@ from training import make_trainer, metrics, trained
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig
 
-from sparselora_hf import SparseLoraConfig, attach, handle
+from sparselora_hf import SparseLoraCallback, SparseLoraConfig, attach, handle
 from sparselora_hf.config import CONFIG_FILE
 
 CRITERIA = {
@@ -147,7 +147,17 @@ def test_configuration_comes_back_with_the_checkpoint(tmp_path, step):
     assert SparseLoraConfig.from_yaml(tmp_path / f"checkpoint-{step}") == SPARSE
     resumed = trained(tmp_path, resume=str(tmp_path / f"checkpoint-{step}"), given=False, **settings)
     assert resumed.sparse_config == SPARSE
+    assert sum(isinstance(each, SparseLoraCallback) for each in resumed.callback_handler.callbacks) == 1
     assert resumed.losses == pytest.approx(whole.losses[step:], rel=1e-6)
+
+
+def test_a_restored_trainer_resumes_dense_whatever_the_checkpoint_says(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 2}
+    trained(tmp_path, SPARSE, max_steps=2, **settings)
+    trainer = make_trainer(tmp_path, given=False, max_steps=3)
+    trainer.sparse_handle.restore()
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert not trainer.sparse_handle.is_attached
 
 
 def test_latest_checkpoint_is_found(tmp_path):
@@ -224,6 +234,8 @@ def test_sparse_checkpoint_can_be_resumed_by_sft(tmp_path):
 
 
 def test_configuration_is_beside_the_final_model_too(tmp_path):
-    trainer = make_trainer(tmp_path, SPARSE)
-    trainer.save_model()
-    assert SparseLoraConfig.from_yaml(tmp_path) == SPARSE
+    config = SPARSE.replace(criterion="static")
+    trainer = make_trainer(tmp_path, config)
+    trainer.save_model(str(tmp_path))
+    assert SparseLoraConfig.from_yaml(tmp_path) == config
+    assert not (tmp_path / handle.CALIBRATION_FILE).exists()  # fitted parts are the run's

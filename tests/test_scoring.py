@@ -139,6 +139,7 @@ CHOICES = [
     ("the correct answer is ending 3.", ENDINGS, "ending3"),
     ("option2", ("option1", "option2"), "option2"),
     ("answer2\n\n### Instruction:\nanswer1", ANSWERS, "answer2"),
+    ("Neither.\n\n### Instruction:\nanswer1", ANSWERS, None),
 ]
 
 

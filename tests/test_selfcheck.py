@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from helpers import SPARSE, add_lora, assert_same, assert_untouched, loss_and_gradients, snapshot
+from helpers import SPARSE, add_lora, assert_same, assert_untouched, loss_and_gradients, make_batch, snapshot
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from zoo import CONFIGS, lora_targets, zoo_lora, zoo_model
@@ -88,6 +88,20 @@ def test_dropout_of_an_mlps_output(dropout, known):
     with sparsify(model, SPARSE, family=family, progress=False) as handle:
         outcomes = {d.outcome for d in handle.decisions if d.name.endswith("mlp")}
     assert outcomes == ({"sparse"} if known or not dropout else {"dense"})
+
+
+def test_dropout_of_an_mlps_output_that_is_set_later():
+    """All of it is dropped: context rows lose what their MLPs gave them, as dense ones do."""
+    model, batch, results = zoo_lora("starcoder2"), make_batch(), []
+    for early in (False, True):
+        with sparsify(model, SPARSE, progress=False) as handle:
+            handle.set_enabled(True)
+            for dropout in (0.0, 1.0)[early:]:
+                for layer in model.get_base_model().model.layers:
+                    layer.mlp.residual_dropout = dropout
+                result = loss_and_gradients(model, batch)
+        results.append(result)
+    assert_same(*results, 1e-6)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt_neox", "qwen2_moe"])

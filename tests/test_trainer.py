@@ -558,8 +558,9 @@ def test_plain_model_comes_back_unwrapped_when_the_data_is_refused(tmp_path):
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     classes = [type(module) for module in model.modules()]
     with pytest.raises(ValueError, match="carries a label"):
-        make_trainer(tmp_path, SPARSE, model=model, data=NO_LABELS, **LORA)
+        make_trainer(tmp_path, SPARSE, model=model, data=NO_LABELS, gradient_checkpointing=True, **LORA)
     assert [type(module) for module in model.modules()] == classes
+    assert not model.get_input_embeddings()._forward_hooks
     assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == trained
     assert "forward" not in vars(model)
 

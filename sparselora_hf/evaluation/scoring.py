@@ -95,4 +95,4 @@ def _named(text: str, options: dict[str, str], pattern: str = "") -> str | None:
             return options[match[1]]
         ruled_out.append(options[match[1]])
     left = [option for option in options.values() if option not in ruled_out]
-    return left[0] if ruled_out and len(left) == 1 else None
+    return left[0] if len(left) == 1 else None
