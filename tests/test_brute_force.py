@@ -43,6 +43,7 @@ def compare(model, batch, loss_only=False, **settings):
     config = SPARSE.replace(**(sparsity | settings))
     dense = MaskedDense(model, [None] * 3, [None] * 3)(batch)[1]
     with sparsify(model, config, progress=False) as handle:
+        assert not any(d.reason for d in handle.decisions)  # what the check at attach makes dense would pass unseen
         kept = [
             [d.keep if d.outcome == "sparse" else None for d in handle.decisions if d.name.endswith(part)]
             for part in ("mlp", "self_attn")

@@ -79,6 +79,7 @@ def compare(model, batch, config=SPARSE, family=None):
     family = family or find_family(text_config.model_type)
     dense = run(model, batch)[1]
     with sparsify(model, config, family=family, progress=False) as handle:
+        assert "dense self" not in handle.report()  # what the check at attach makes dense would pass unseen
         handle.set_enabled(True)
         keep = {d.name: d.keep for d in handle.decisions if d.outcome == "sparse"}
         logits, got = run(model, batch)
