@@ -27,7 +27,8 @@ from sparselora_hf.evaluation.asking import Asker
 from sparselora_hf.evaluation.exports import run_evalplus, solution
 from sparselora_hf.evaluation.generate import Generator, Sampling
 from sparselora_hf.evaluation.models import QLORA, adapter_hash, load_model
-from sparselora_hf.evaluation.tasks import GROUPS, TASKS, find_tasks, load_questions
+from sparselora_hf.evaluation.run import score
+from sparselora_hf.evaluation.tasks import GROUPS, TASKS, Question, find_tasks, load_questions
 from sparselora_hf.formats import FORMATS
 
 LETTERS = " abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"[: 61 - 3]
@@ -93,6 +94,13 @@ def test_every_task_reads_its_own_example(world):
         (question, *_) = load_questions(task, str(world / "data"), limit=1)
         assert question.turns
         assert (question.target is None) == (task.right is None)
+        assert len(load_questions(task, str(world / "data"), limit=99)) == (10 if task.name == "gsm8k" else 3)
+
+
+def test_a_puzzle_asks_for_each_of_its_grids():
+    row = TASKS["arc_agi"].example
+    first, second = TASKS["arc_agi"].read(0, {**row, "test": row["test"] + row["train"][:1]})
+    assert first.key != second.key
 
 
 def test_groups_and_aliases():
@@ -134,7 +142,8 @@ def test_real_questions_answer_themselves(data_dir, file):
 
 
 @pytest.mark.parametrize(
-    ("data", "split"), [("rows.json", "train"), ("org/gsm8k", "test"), ("org/gsm8k-v1.5", "test")]
+    ("data", "split"),
+    [("rows.json", "train"), ("ROWS.JSON", "train"), ("org/gsm8k", "test"), ("org/gsm8k-v1.5", "test")],
 )
 def test_the_hub_is_asked_for_the_test_split(monkeypatch, data, split):
     asked = []
@@ -286,6 +295,8 @@ def test_other_settings_are_refused(tmp_path):
     AnswerFile(tmp_path / "answers.jsonl", {"seed": 0, "batch": 2}).add({0: ["a"]})
     with pytest.raises(ValueError, match=r"seed = 0, now it is 1. Add --overwrite"):
         AnswerFile(tmp_path / "answers.jsonl", {"seed": 1, "batch": 2})
+    with pytest.raises(ValueError, match=r"batch = 2, now it is None"):
+        AnswerFile(tmp_path / "answers.jsonl", {"seed": 0})
 
 
 @pytest.mark.parametrize(
@@ -340,13 +351,15 @@ def test_killed_and_started_again_ends_with_the_same_result(world, tmp_path):
 
 
 def test_results_and_what_they_depend_on(world, tmp_path, capsys):
-    assert run(world, "--task", "gsm8k", "boolq", "--output", str(tmp_path)) == 0
+    assert run(world, "--task", "gsm8k", "boolq", "--seed", "7", "--output", str(tmp_path)) == 0
     results = json.loads((tmp_path / "results.json").read_text())
     assert list(results) == ["gsm8k", "boolq"]
     figures = results["gsm8k"]
     assert (figures["total"], figures["correct"]) == (10, round(figures["score"] / 10))
     assert figures["interval"][0] <= figures["score"] <= figures["interval"][1]
-    assert figures["settings"]["prompt_format"] == "llm_adapters"
+    want = {"prompt_format": "llm_adapters", "batch_size": 2, "new_tokens": 4, "seed": 7, "samples": 1}
+    assert figures["settings"].items() >= want.items()
+    assert len(figures["settings"]["questions"]) == 16
     assert len((tmp_path / "gsm8k.scored.jsonl").read_text().splitlines()) == 10
     assert "of 10" in capsys.readouterr().out
 
@@ -372,6 +385,18 @@ def test_pass_at_k(world, tmp_path):
     figures = json.loads((tmp_path / "results.json").read_text())["arc_agi"]
     assert [figures[f"pass@{k}"] for k in (1, 2, 3)] == [0, 0, 0]
     assert figures["settings"]["prompt_format"] == "chat"
+
+
+def test_figures_by_hand(tmp_path):
+    """Of three questions with two answers each the first has one right answer, the last has two."""
+    questions = [Question(n, ["?"], 5, {}) for n in range(3)]
+    file = AnswerFile(tmp_path / "answers.jsonl", {})
+    file.add({0: ["5", "4"], 1: ["3", "4"], 2: ["5", "5"]})
+    figures = score(TASKS["gsm8k"], questions, file, tmp_path / "scored.jsonl")
+    assert figures["pass@1"] == 50
+    assert figures["score"] == figures["pass@2"] == 66.67
+    assert (figures["correct"], figures["total"]) == (2, 3)
+    assert {name for name in figures if "@" in name} == {"pass@1", "pass@2"}
 
 
 def test_the_format_noted_beside_the_adapter_is_used(world, tmp_path):
@@ -412,7 +437,7 @@ def test_a_name_on_the_hub_gets_no_folder_of_that_name(world, tmp_path, monkeypa
 
 
 def test_mt_bench_in_fastchats_form(world, tmp_path):
-    assert run(world, "--task", "mt_bench", "--output", str(tmp_path)) == 0
+    assert run(world, "--task", "mt_bench", "--run-code", "--output", str(tmp_path)) == 0  # there is none to run
     lines = [json.loads(line) for line in (tmp_path / "mt_bench.jsonl").read_text().splitlines()]
     assert {"question_id", "answer_id", "model_id", "choices", "tstamp"} == set(lines[0])
     assert (lines[0]["question_id"], lines[0]["model_id"], len(lines[0]["choices"][0]["turns"])) == (81, "adapter", 2)
@@ -459,21 +484,25 @@ def test_verdicts_of_evalplus(tmp_path, monkeypatch):
     samples = tmp_path / "humaneval.jsonl"
     verdicts = tmp_path / "humaneval_eval_results.json"
     verdicts.write_text("{}")  # of an earlier run
-    tasks = {"HumanEval/0": ("pass", "pass"), "HumanEval/1": ("pass", "fail"), "HumanEval/2": ("fail", "fail")}
-    told = {"eval": {name: [{"base_status": a, "plus_status": b}] for name, (a, b) in tasks.items()}}
+    tasks = {"HumanEval/0": ["pp", "ff"], "HumanEval/1": ["pf"], "HumanEval/2": ["fp"]}  # HumanEval's, HumanEval+'s
+    verdict = {"p": "pass", "f": "fail"}
+    told = {
+        name: [{"base_status": verdict[base], "plus_status": verdict[plus]} for base, plus in samples_of]
+        for name, samples_of in tasks.items()
+    }
 
     write = subprocess.run
 
     def evalplus(command, **kwargs):
         assert command[1:] == ["-m", "evalplus.evaluate", "--dataset", "humaneval", "--samples", str(samples)]
         assert not verdicts.exists()
-        verdicts.write_text(json.dumps(told))
+        verdicts.write_text(json.dumps({"eval": told}))
         # generated code may write what is no text past evalplus's sandbox
         return write([sys.executable, "-c", "import os; os.write(1, b'\\xff'); os.write(2, b'\\xfe')"], **kwargs)
 
     monkeypatch.setattr(subprocess, "run", evalplus)
     figures = run_evalplus(samples)
-    assert (figures["score"], figures["plus_score"], figures["total"]) == (66.67, 33.33, 3)
+    assert (figures["score"], figures["plus_score"], figures["total"]) == (50, 16.67, 3)
 
 
 @pytest.mark.parametrize(
