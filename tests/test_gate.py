@@ -266,7 +266,11 @@ class Half(nn.Linear):
         return super().forward(x).bfloat16()
 
 
-@pytest.mark.parametrize("activation", [nn.GELU(), nn.GELU("tanh"), nn.SiLU(), nn.ReLU(), F.silu, F.gelu], ids=str)
+@pytest.mark.parametrize(
+    "activation",
+    [nn.GELU(), nn.GELU("tanh"), nn.SiLU(), nn.ReLU(), F.silu, F.gelu],
+    ids=["GELU", "GELU by tanh", "SiLU", "ReLU", "silu", "gelu"],
+)
 def test_activations_go_by_the_name_of_what_they_compute(activation):
     x = torch.linspace(-3, 3, 12).view(2, 6)
     torch.testing.assert_close(gated_activation([x, torch.ones(2, 6)], activation_kind(activation)), activation(x))
