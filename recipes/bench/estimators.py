@@ -116,7 +116,7 @@ class Subject:
         for number, probe in enumerate(self.probes):
             if config.needs_statistics:
                 calibration.fit_mlp(number, probe.mlp, keep=1)
-                calibration.fit_attention(number, probe.attention)
+                calibration.fit_attention(number, probe.attention, list(probe.attention.inputs))
             inputs = {**probe.mlp.inputs, **probe.attention.inputs} if CRITERIA[config.criterion].needs_factors else {}
             for role, projection in inputs.items():
                 factors[number, role] = truncated_svd(projection.weight, config.rank)
