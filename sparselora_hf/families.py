@@ -79,6 +79,9 @@ _EXPERTS = {"experts": "experts", "shared_mlp": "shared_experts"}
 _DEEPSEEK = {"q": "", **_EXPERTS}
 _LFM2_MLP = {"mlp": "feed_forward", "gate": "w1", "up": "w3", "down": "w2", "activation": "silu"}
 _LFM2 = {"norm": "embedding_norm", "mixer": "conv", "o": "out_proj", "qk_norm": True, **_LFM2_MLP}
+_NEOX_MLP = {"gate": "", "up": "dense_h_to_4h", "down": "dense_4h_to_h", "activation": "act"}
+_NEOX = {"qkv": "query_key_value", "qkv_by_head": True, "o": "dense", **_NEOX_MLP}
+_QWEN3_NEXT = {"mixer": "linear_attn", "qk_norm": True, "experts": "experts", "shared_mlp": "shared_expert"}
 _PHI3_MLP = {"gate_up": "gate_up_proj", "activation": "activation_fn"}
 
 _ROWS = (
@@ -105,27 +108,18 @@ _ROWS = (
     ModelFamily("glm", "GLM-4-9B", **_PHI3_MLP),
     ModelFamily("glm4", "GLM-4-0414", **_PHI3_MLP),
     ModelFamily("glm4_moe", "GLM-4.5, GLM-4.6", qk_norm="use_qk_norm", **_EXPERTS),
-    ModelFamily("glm4v_text", "GLM-4.1V, GLM-4.6V Flash", **_PHI3_MLP),
     ModelFamily("glm4_moe_lite", "GLM-4.7-Flash", **_DEEPSEEK),
+    ModelFamily("glm4v_text", "GLM-4.1V, GLM-4.6V Flash", **_PHI3_MLP),
     ModelFamily(
         "gpt_neox",
         "GPT-NeoX, Pythia",
         norm="final_layer_norm",
         attention="attention",
-        qkv="query_key_value",
-        qkv_by_head=True,
-        o="dense",
         head_dim="head_size",
-        gate="",
-        up="dense_h_to_4h",
-        down="dense_4h_to_h",
-        activation="act",
+        **_NEOX,
     ),
     ModelFamily("gpt_oss", "gpt-oss", experts="experts"),
     ModelFamily("granite", "Granite 3"),
-    ModelFamily("helium", "Helium"),
-    ModelFamily("hunyuan_v1_dense", "Hunyuan dense", qk_norm=True),
-    ModelFamily("internlm3", "InternLM3"),
     ModelFamily(
         "granitemoehybrid",
         "Granite 4",
@@ -135,6 +129,9 @@ _ROWS = (
         down="output_linear",
         activation="activation",
     ),
+    ModelFamily("helium", "Helium"),
+    ModelFamily("hunyuan_v1_dense", "Hunyuan dense", qk_norm=True),
+    ModelFamily("internlm3", "InternLM3"),
     ModelFamily("lfm2", "LFM2", **_LFM2),
     ModelFamily("lfm2_moe", "LFM2-MoE", experts="experts", **_LFM2),
     ModelFamily("llama", "Llama 2, 3.x; SmolLM 1, 2; SmolVLM"),
@@ -151,14 +148,8 @@ _ROWS = (
         "persimmon",
         "Persimmon",
         norm="final_layernorm",
-        qkv="query_key_value",
-        qkv_by_head=True,
-        o="dense",
         qk_norm="qk_layernorm",
-        gate="",
-        up="dense_h_to_4h",
-        down="dense_4h_to_h",
-        activation="act",
+        **_NEOX,
     ),
     ModelFamily(
         "phi",
@@ -177,27 +168,13 @@ _ROWS = (
     ModelFamily("qwen2_moe", "Qwen1.5-MoE, Qwen2-MoE", experts="experts", shared_mlp="shared_expert"),
     ModelFamily("qwen2_vl_text", "Qwen2-VL"),
     ModelFamily("qwen3", "Qwen3", qk_norm=True),
+    ModelFamily("qwen3_5_moe_text", "Qwen3.5-MoE", **_QWEN3_NEXT),
     ModelFamily("qwen3_5_text", "Qwen3.5", mixer="linear_attn", qk_norm=True),
-    ModelFamily(
-        "qwen3_5_moe_text",
-        "Qwen3.5-MoE",
-        mixer="linear_attn",
-        qk_norm=True,
-        experts="experts",
-        shared_mlp="shared_expert",
-    ),
     ModelFamily("qwen3_moe", "Qwen3-MoE", qk_norm=True, experts="experts"),
+    ModelFamily("qwen3_next", "Qwen3-Next", **_QWEN3_NEXT),
     ModelFamily("qwen3_vl_moe_text", "Qwen3-VL-MoE", qk_norm=True, experts="experts"),
     ModelFamily("qwen3_vl_text", "Qwen3-VL", qk_norm=True),
     ModelFamily("seed_oss", "Seed-OSS", dropout="residual_dropout"),
-    ModelFamily(
-        "qwen3_next",
-        "Qwen3-Next",
-        mixer="linear_attn",
-        qk_norm=True,
-        experts="experts",
-        shared_mlp="shared_expert",
-    ),
     ModelFamily("smollm3", "SmolLM3"),
     ModelFamily("stablelm", "StableLM", qk_norm="qk_layernorm"),
     ModelFamily(
