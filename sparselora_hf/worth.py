@@ -27,8 +27,9 @@ _PER_ELEMENT = {"cpu": {"mlp": 1600.0, "attention": 3500.0}, "cuda": {"mlp": 1.3
 # What a call costs is the host's time, in which a smaller GPU does fewer FLOPs; not measured on any but the H200. What
 # an element costs is the memory's time, which is in about the same ratio to that of products on all of them.
 # FLOPs of 16-bit products per clock of a processor, by compute capability, from NVIDIA's descriptions of the chips;
-# for 8.6, 8.9 and 12.0 the higher of two rates, which errs towards dense
-_PER_CLOCK = {(7, 5): 1024, (8, 0): 2048, (8, 6): 1024, (8, 9): 1024, (9, 0): 4096, (10, 0): 8192, (12, 0): 1024}
+# for 8.6, 8.9 and 12.x the higher of two rates, which errs towards dense, as that of 10.x does for chips unknown here
+_PER_CLOCK = {(7, 0): 1024, (7, 5): 1024, (8, 0): 2048, (8, 6): 1024, (8, 7): 2048, (8, 9): 1024, (9, 0): 4096}
+_PER_CLOCK |= {(10, 0): 8192, (10, 3): 8192, (12, 0): 1024, (12, 1): 1024}
 _H200 = 132 * _PER_CLOCK[9, 0]
 
 
@@ -58,12 +59,12 @@ class Worth:
 
 @functools.cache
 def relative_rate(device: torch.device) -> float:
-    """FLOPs that a GPU does in the time in which an H200 does one, by its processors; 1 where that is unknown."""
+    """FLOPs that a GPU does in the time in which an H200 does one, by its processors; 1 for what is not NVIDIA's."""
     if device.type != "cuda" or torch.version.hip is not None:
         return 1.0
     chip = torch.cuda.get_device_properties(device)
-    per_clock = _PER_CLOCK.get((chip.major, chip.minor))
-    return 1.0 if per_clock is None else per_clock * chip.multi_processor_count / _H200
+    per_clock = _PER_CLOCK.get((chip.major, chip.minor), max(_PER_CLOCK.values()))
+    return per_clock * chip.multi_processor_count / _H200
 
 
 def mlp_worth(

@@ -36,8 +36,17 @@ def test_a_large_mlp_pays_and_a_tiny_one_does_not(device):
 
 @pytest.mark.parametrize(
     ("capability", "processors", "rate"),
-    [((9, 0), 132, 1.0), ((8, 0), 108, 0.41), ((7, 5), 40, 0.08), ((10, 0), 148, 2.24), ((99, 0), 1, 1.0)],
-    ids=["H200", "A100", "T4", "B200", "unknown"],
+    [
+        ((9, 0), 132, 1.0),
+        ((8, 0), 108, 0.41),
+        ((7, 5), 40, 0.08),
+        ((10, 0), 148, 2.24),
+        ((8, 7), 16, 0.06),
+        ((10, 3), 160, 2.42),
+        ((12, 1), 48, 0.09),
+        ((99, 0), 33, 0.5),
+    ],
+    ids=["H200", "A100", "T4", "B200", "Orin", "B300", "GB10", "unknown"],
 )
 def test_a_smaller_chip_loses_fewer_products_to_the_host(monkeypatch, capability, processors, rate):
     major, minor = capability
