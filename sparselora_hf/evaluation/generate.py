@@ -11,11 +11,6 @@ __all__ = ["Generator", "Sampling"]
 logger = logging.get_logger(__name__)
 
 
-# whatever the model's own settings say: the likeliest token every time, or drawn by its probability
-_PLAIN = {"num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
-_GREEDY = {"temperature": None, "top_p": None, "top_k": None}
-
-
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """How answers are drawn.
@@ -76,9 +71,14 @@ class Generator:
 
         torch.manual_seed(self.sampling.seed + seed)
         inputs = self._encode(prompts)
-        with torch.inference_mode():
-            # the model's own settings may have strings to stop at, which take the tokenizer to be found
-            tokens = self.model.generate(**inputs, **self._settings(), tokenizer=self.tokenizer)
+        own = self.model.generation_config
+        self.model.generation_config = settings = self._settings()  # what is not set would be filled in from its own
+        try:
+            with torch.inference_mode():
+                # the tokenizer is for strings to stop at
+                tokens = self.model.generate(**inputs, generation_config=settings, tokenizer=self.tokenizer)
+        finally:
+            self.model.generation_config = own
         texts = self.tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         count = self.sampling.samples
         return [texts[start : start + count] for start in range(0, len(texts), count)]
@@ -118,18 +118,21 @@ class Generator:
                 "asked whole, and few models answer well beyond their window."
             )
 
-    def _settings(self) -> dict[str, Any]:
+    def _settings(self) -> Any:
+        """The likeliest token every time, or drawn by its probability; of the model's own settings where to end."""
+        from transformers import GenerationConfig
+
         draw, drawn = self.sampling, self.sampling.temperature > 0
-        chance = {"temperature": draw.temperature, "top_p": draw.top_p, "top_k": 50} if drawn else _GREEDY
-        return {
-            "max_new_tokens": draw.new_tokens,
-            "do_sample": drawn,
-            "num_return_sequences": draw.samples,
-            "pad_token_id": self._pad,
-            "eos_token_id": self._ends() or None,
-            **_PLAIN,
+        chance = {"temperature": draw.temperature, "top_p": draw.top_p, "top_k": 50} if drawn else {}
+        return GenerationConfig(
+            max_new_tokens=draw.new_tokens,
+            do_sample=drawn,
+            num_return_sequences=draw.samples,
+            pad_token_id=self._pad,
+            eos_token_id=self._ends() or None,
+            stop_strings=self.model.generation_config.stop_strings,
             **chance,
-        }
+        )
 
     def _ends(self) -> list[int]:
         """Tokens that end an answer: the model's own, and the tokenizer's, which training puts there."""
