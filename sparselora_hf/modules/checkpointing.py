@@ -75,7 +75,7 @@ def _contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
 
 
 class KeepAttention:
-    """Hooks on the decoder: while it runs its layers are checkpointed with the saving, if the batch has it."""
+    """Hooks on the decoder: while it runs on a training batch its layers are checkpointed with the saving."""
 
     def __init__(self, state: SparseState, family: ModelFamily) -> None:
         self.state = state
@@ -90,7 +90,7 @@ class KeepAttention:
     @torch.compiler.disable
     def enter(self, module: nn.Module, args: tuple) -> None:
         """Add the contexts to what checkpoints the layers; contexts that are a user's own stay."""
-        if self.state.batch is None or "recomputation" not in self.state.batch.savings:
+        if self.state.batch is None:
             return
         for layer in part_of(module, self.family, "layers"):
             if checkpoints(layer) and not is_reentrant(layer):
