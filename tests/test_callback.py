@@ -404,6 +404,15 @@ def test_loop_that_is_longer_than_it_said_is_warned_of(end, warned, caplog):
     assert caplog.text.count("begin_run was told of 4 steps") == warned
 
 
+def test_every_run_that_waits_for_statistics_says_so(caplog):
+    with sparsify(lora_model(), SPARSE.replace(criterion="static", start_step=1)) as handle:
+        for said in (1, 2):
+            handle.begin_run(max_steps=4)
+            for step in range(4):
+                handle.begin_step(step)
+            assert caplog.text.count("no dense step has sampled a context token") == said
+
+
 def test_loop_of_ones_own(tmp_path):
     """Accelerate and three calls of the handle give the losses of the callback in a Trainer."""
     config = SPARSE.replace(criterion="static", compensation="mean", start_step=1)

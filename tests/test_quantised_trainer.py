@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from sparselora_hf import SparseLoraConfig
 from sparselora_hf.cli.main import main
+from sparselora_hf.cli.sft import make_trainer, prepare, trainer_keywords
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
 CONFIGS = {
@@ -107,3 +108,14 @@ def test_command(checkpoint, tmp_path, capsys, bits, dense):
     assert code == 0
     assert f"{'dense' if dense else 'sparse'}: 3 steps" in capsys.readouterr().out
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+def test_weights_keep_the_layout_that_has_gradients_in_a_dense_run_too(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(bnb.nn.modules, "has_avx512bf16", lambda: True)
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"prompt": "w3 w4 w5", "completion": " w6"}\n', encoding="utf-8")
+    flags = ["--model_name_or_path", str(checkpoint), "--dataset_name", str(data), "--load_in_4bit", "--dense"]
+    recipe = prepare([*flags, "--output_dir", str(tmp_path / "out"), "--report_to", "none"])
+    trainer = make_trainer(recipe, trainer_keywords(recipe))
+    linears = [module for module in trainer.model.modules() if isinstance(module, bnb.nn.Linear4bit)]
+    assert linears and not any(linear.support_avx512bf16_for_cpu for linear in linears)

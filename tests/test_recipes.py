@@ -230,7 +230,12 @@ def test_smoke_that_is_switched_off():
     assert not recipe.data.smoke
 
 
-def test_conversations_without_a_label_are_counted(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("length", "kept", "says"),
+    [(60, 2, ["1 of 3 rows have no label within max_length tokens and are dropped."]), (1024, 3, [])],
+    ids=["one", "none"],
+)
+def test_conversations_without_a_label_are_counted(tmp_path, monkeypatch, length, kept, says):
     """TRL prepares conversations itself, and drops those that max_length leaves without a label without a word."""
     said = []
     monkeypatch.setattr("sparselora_hf.cli.sft.logger.warning", said.append)
@@ -241,10 +246,9 @@ def test_conversations_without_a_label_are_counted(tmp_path, monkeypatch):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     flags = ["--config", str(ALL["arc_agi/llama-3.1-8b"]), "--smoke", "--dataset_name", str(path)]
-    recipe = prepare([*flags, "--output_dir", str(tmp_path / "out"), "--max_length", "60", "--dense"])
+    recipe = prepare([*flags, "--output_dir", str(tmp_path / "out"), "--max_length", str(length), "--dense"])
     trainer = make_trainer(recipe, trainer_keywords(recipe))
-    assert len(trainer.train_dataset) == 2
-    assert said == ["1 of 3 rows have no label within max_length tokens and are dropped."]
+    assert (len(trainer.train_dataset), said) == (kept, says)
 
 
 def test_smoke_of_rows_that_it_cannot_make(tmp_path, capsys):

@@ -169,13 +169,14 @@ def test_latest_checkpoint_is_found(tmp_path):
     assert len(whole.losses) == 4
 
 
-def test_configuration_given_wins_over_the_checkpoints(tmp_path, caplog):
+@pytest.mark.parametrize("sparsity", [SPARSE.mlp_sparsity, 0.5], ids=["equal", "other"])
+def test_configuration_given_wins_over_the_checkpoints(tmp_path, sparsity, caplog):
     settings = {"save_strategy": "steps", "save_steps": 2}
     trained(tmp_path, SPARSE, max_steps=2, **settings)
-    mine = SPARSE.replace(mlp_sparsity=0.5)
+    mine = SPARSE.replace(mlp_sparsity=sparsity)
     resumed = trained(tmp_path, mine, resume=str(tmp_path / "checkpoint-2"), max_steps=4, **settings)
     assert resumed.sparse_config == mine
-    assert "other SparseLoRA settings; yours are used" in caplog.text
+    assert ("other SparseLoRA settings; yours are used" in caplog.text) == (mine != SPARSE)
 
 
 @pytest.mark.parametrize("step", [1, 4], ids=["before sparsity", "after"])

@@ -305,6 +305,9 @@ def test_layers_that_peft_replicates_are_counted(tmp_path):
     model = tiny_model()
     with pytest.raises(ValueError, match="layer 5 does not exist"):
         make_trainer(tmp_path, config.replace(mlp_sparsity={5: 0.75}), model=model, peft_config=lora)
+    with pytest.raises(ValueError, match="rank: 33 exceeds 32"):  # of k and v, before PEFT replicates
+        settings = {"mlp_sparsity": 0.0, "attention_sparsity": {3: 0.75}, "rank": 33}
+        make_trainer(tmp_path, config.replace(**settings), model=model, peft_config=lora)
     assert len(model.model.layers) == 3
 
 
@@ -597,6 +600,7 @@ def test_flos_are_counted_as_by_the_trainer(tmp_path, monkeypatch):
     monkeypatch.setattr(
         sparse.model, "num_parameters", lambda **kwargs: walks.append(1) or count(**kwargs), raising=False
     )
+    sparse._flos_of_a_token = 1  # of a run before, in which the model was another
     sparse.train()
     assert sparse.state.total_flos == dense.state.total_flos > 0
     assert len(walks) == 1
