@@ -103,13 +103,17 @@ _ROWS = (
     ModelFamily("gemma2", "Gemma 2"),
     ModelFamily("gemma3_text", "Gemma 3, with images too", qk_norm=True),
     # queries, keys and values are normalised; some layers have no values of their own, some borrow keys and values
+    # a gate of Gemma 3n that keeps its own largest values alone is no plain activation: the check at attach finds it
+    ModelFamily("gemma3n_text", "Gemma 3n, text alone", q=""),
     ModelFamily("gemma4_text", "Gemma 4, with images too", q=""),
     ModelFamily("gemma4_unified_text", "Gemma 4 Unified", q=""),
     ModelFamily("glm", "GLM-4-9B", **_PHI3_MLP),
     ModelFamily("glm4", "GLM-4-0414", **_PHI3_MLP),
     ModelFamily("glm4_moe", "GLM-4.5, GLM-4.6", qk_norm="use_qk_norm", **_EXPERTS),
     ModelFamily("glm4_moe_lite", "GLM-4.7-Flash", **_DEEPSEEK),
+    ModelFamily("glm4v_moe_text", "GLM-4.5V", **_EXPERTS),
     ModelFamily("glm4v_text", "GLM-4.1V, GLM-4.6V Flash", **_PHI3_MLP),
+    ModelFamily("glm_ocr_text", "GLM-OCR", **_PHI3_MLP),
     ModelFamily(
         "gpt_neox",
         "GPT-NeoX, Pythia",
@@ -136,6 +140,7 @@ _ROWS = (
     ModelFamily("lfm2_moe", "LFM2-MoE", experts="experts", **_LFM2),
     ModelFamily("llama", "Llama 2, 3.x; SmolLM 1, 2; SmolVLM"),
     ModelFamily("minicpm3", "MiniCPM3", q=""),
+    ModelFamily("ministral", "Ministral 8B"),
     ModelFamily("ministral3", "Ministral 3"),
     ModelFamily("mistral", "Mistral"),
     ModelFamily("mixtral", "Mixtral", experts="experts"),
@@ -144,6 +149,7 @@ _ROWS = (
     ModelFamily("olmo2", "OLMo 2", qk_norm=True),
     ModelFamily("olmo3", "OLMo 3", qk_norm=True),
     ModelFamily("olmoe", "OLMoE", qk_norm=True, experts="experts"),
+    ModelFamily("paddleocr_vl_text", "PaddleOCR-VL"),
     ModelFamily(
         "persimmon",
         "Persimmon",
@@ -163,6 +169,7 @@ _ROWS = (
         activation="activation_fn",
     ),
     ModelFamily("phi3", "Phi-3, Phi-4", qkv="qkv_proj", **_PHI3_MLP),
+    ModelFamily("phimoe", "Phi-3.5-MoE", experts="experts"),
     ModelFamily("qwen2", "Qwen2, Qwen2.5"),
     ModelFamily("qwen2_5_vl_text", "Qwen2.5-VL"),
     ModelFamily("qwen2_moe", "Qwen1.5-MoE, Qwen2-MoE", experts="experts", shared_mlp="shared_expert"),

@@ -184,6 +184,22 @@ def test_layers_that_borrow_keys_and_values_and_are_wider(way):
     assert [d.width for d in decisions if d.outcome == "sparse"] == [96, 96, 192, 192]
 
 
+def test_gates_that_keep_their_largest_values_are_found():
+    """Gemma 3n: in its lower layers; and its upper ones borrow keys and values."""
+    types, gates = ["sliding_attention", "full_attention"] * 2, [0.9, 0.9, 0.0, 0.0]
+    lower = {"num_kv_shared_layers": 2, "activation_sparsity_pattern": gates, "intermediate_size": [96] * 4}
+    torch.manual_seed(0)
+    config = zoo_config("gemma3n_text", num_hidden_layers=4, layer_types=types, **lower)
+    model = add_lora(randomise(AutoModelForCausalLM.from_config(config)), r".*layers.*_proj").train()
+    batch = make_batch((12, 5), (3, 2), side="left")
+    want = run(model, batch)[1]
+    assert_same(exactly(model, batch, SparseLoraConfig()), want, 1e-5)
+    with sparsify(model, SPARSE.replace(mlp_sparsity=0.5), progress=False) as handle:
+        mlps = [d for d in handle.decisions if d.name.endswith("mlp")]
+    assert ["dense self" in d.reason for d in mlps] == [True, True, False, False]
+    assert [d.outcome for d in mlps] == ["dense", "dense", "sparse", "sparse"]
+
+
 # every kind of LoRA: what PEFT is told, and which parts cannot be sparse with it
 
 PLAIN = {
@@ -274,9 +290,9 @@ def test_language_tower_is_sparse_and_images_are_context(name):
     tower = r".*(language_model|text_model)\.layers.*_proj"
     model, batch = add_lora(vision_model(name), tower).train(), vision_batch(name)
     decisions = compare(model, batch)
-    left = ("experts", "linear_attn", *(["self_attn"] if name == "gemma4" else []))
+    left = (".experts", "linear_attn", *(["self_attn"] if name == "gemma4" else []))
     assert all((d.outcome == "dense") == d.name.endswith(left) for d in decisions)
-    assert len(decisions) == 4
+    assert len(decisions) == 4 + (name == "glm4v_moe")  # a shared MLP beside the experts
     images = batch["input_ids"] == IMAGE_TOKEN
     assert images.any() and context_of(batch)[images].all()
 

@@ -22,7 +22,7 @@ from sparselora_hf.ops.rotary import lean_rotary
 LEAN = SparseLoraConfig(exact=("rotary",))
 # pairs of neighbours, or half as many angles
 OTHERWISE = {"cohere", "cohere2", "deepseek_v2", "ernie4_5", "ernie4_5_moe", "glm", "glm4", "gpt_oss", "helium"}
-OTHERWISE |= {"gemma4_text", "gemma4_unified_text"}  # queries and keys one after the other
+OTHERWISE |= {"gemma3n_text", "gemma4_text", "gemma4_unified_text"}  # queries and keys one after the other
 # heads with angles of a share of them, a function of another name for pairs, or no positions at all
 SHARES = {"deepseek_v3", "glm4_moe", "glm4_moe_lite", "gpt_neox", "granitemoehybrid", "nemotron"}
 SHARES |= {"qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"}

@@ -43,7 +43,9 @@ _MOE = {
 }
 _DEEPSEEK = {**_LATENT, **_MOE, "mlp_layer_types": ["dense", "sparse"]}
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1}
+_PER_LAYER = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB}
 _SLIDING = ["sliding_attention", "full_attention"]
+_GEMMA3N = {"layer_types": _SLIDING, "sliding_window": 6, "laurel_rank": 8, **_PER_LAYER}
 _GEMMA4 = {"layer_types": _SLIDING, "sliding_window": 6, "global_head_dim": 16}
 
 # what a family's configuration says beside the common settings
@@ -78,7 +80,8 @@ CONFIGS = {
     "gemma": {},
     "gemma2": {"sliding_window": 6, "query_pre_attn_scalar": 8, "layer_types": _SLIDING},
     "gemma3_text": {"sliding_window": 6, "query_pre_attn_scalar": 8, "layer_types": _SLIDING},
-    "gemma4_text": {**_GEMMA4, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB},
+    "gemma3n_text": {**_GEMMA3N, "num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.0, 0.0]},
+    "gemma4_text": {**_GEMMA4, **_PER_LAYER},
     "gemma4_unified_text": _GEMMA4,
     "glm": {"attention_bias": True},
     "glm4": {"attention_bias": True},
@@ -107,6 +110,7 @@ CONFIGS = {
     },
     "llama": {"attention_bias": True, "mlp_bias": True},
     "minicpm3": _LATENT,
+    "ministral": {"sliding_window": 6, "layer_types": _SLIDING},
     "ministral3": {"sliding_window": 6},
     "mistral": {"sliding_window": 6},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
@@ -120,6 +124,7 @@ CONFIGS = {
     "phi": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attention_dropout": 0.0},
     "phi with qk norm": {"model_type": "phi", "qk_layernorm": True},
     "phi3": {"resid_pdrop": 0.0, "embd_pdrop": 0.0},
+    "phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "router_jitter_noise": 0.0},
     "qwen2": {},
     "qwen2_moe": _SHARED,
     "qwen3": {},
@@ -251,6 +256,12 @@ VISION = {
     ),
     "glm46v": _grids(_text("glm4v_text"), image_size=8, out_hidden_size=64),
     "glm4v": _grids(_text("glm4v_text"), image_size=8, out_hidden_size=64),
+    "glm4v_moe": _grids(_text("glm4v_moe_text", **_MOE), image_size=8, out_hidden_size=64),
+    "glm_ocr": _grids(_text("glm_ocr_text"), image_size=8, out_hidden_size=64),
+    "paddleocr_vl": (
+        _grids(_text("paddleocr_vl_text", use_bias=True), **_vision(image_size=8))[0],
+        {"pixel_values": (16, 3, 2, 2)},
+    ),
     "qwen2_5_vl": _grids(
         _text("qwen2_5_vl_text"), out_hidden_size=64, spatial_patch_size=2, window_size=8, fullatt_block_indexes=[0]
     ),
