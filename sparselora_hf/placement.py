@@ -57,7 +57,7 @@ def _obstacle(linear: nn.Module) -> str:
         )
     if weight.numel() == 0:
         return f"is empty: DeepSpeed ZeRO-3 keeps it elsewhere. {_INSTEAD}"
-    if weight.is_floating_point() and not is_stored_packed(linear) and not _is_finite(weight):
+    if not is_stored_packed(linear) and not _is_finite(weight):
         return "holds NaN or infinity. The checkpoint is damaged: load it again."
     return ""
 
