@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from sparselora_hf.checkpoints import newest_checkpoint
 
 
@@ -18,8 +20,18 @@ def test_steps_are_numbers_and_no_words(tmp_path):
     assert newest_checkpoint(tmp_path) == newest
 
 
-def test_a_file_of_that_name_is_no_checkpoint(tmp_path, caplog):
+@pytest.mark.parametrize("state", ["", '{"global_step": 1', "{}", None], ids=str)
+def test_one_that_was_not_written_to_its_end_is_passed_over(tmp_path, state, caplog):
+    whole = checkpoint(tmp_path, 1, json.dumps({"global_step": 1}))
+    half = checkpoint(tmp_path, 2, state or "")
+    if state is None:
+        (tmp_path / "checkpoint-2" / "trainer_state.json").unlink()
+    assert newest_checkpoint(tmp_path) == whole
+    assert f"{half} was not written to its end" in caplog.text
+
+
+def test_what_has_almost_its_name_is_no_checkpoint(tmp_path, caplog):
     (tmp_path / "checkpoint-7").touch()
-    (tmp_path / "checkpoint-8.zip").touch()
+    (tmp_path / "checkpoint-8.old").mkdir()
     assert newest_checkpoint(tmp_path) is None
     assert not caplog.text

@@ -52,14 +52,20 @@ def test_run_of_no_steps(start):
     assert not Schedule.of(config, 0).is_sparse(0)
 
 
-def test_statistics_need_a_dense_step():
-    config = SparseLoraConfig(mlp_sparsity=0.9, criterion="static", start_step=0)
-    assert Schedule.of(config, 10).start == 1
+@pytest.mark.parametrize(
+    "settings",
+    [{"criterion": "static"}, {"criterion": "output"}, {"criterion": "svd_whitened"}, {"compensation": "mean"}],
+    ids=str,
+)
+def test_statistics_need_a_dense_step(settings):
+    config = SparseLoraConfig(mlp_sparsity=0.9, **settings)
+    assert [Schedule.of(config.replace(start_step=start), 10).start for start in (0, 1, 3)] == [1, 1, 3]
 
 
 @pytest.mark.parametrize(
-    ("start", "steps", "want"), [(0.05, 100, True), (9, 10, True), (10, 10, False), (1.0, 10, False)]
+    ("start", "end", "steps", "want"),
+    [(0.05, 1.0, 100, True), (9, 1.0, 10, True), (10, 1.0, 10, False), (1.0, 1.0, 10, False), (3, 3, 10, False)],
 )
-def test_whether_any_step_of_a_run_is_sparse(start, steps, want):
-    schedule = Schedule.of(SparseLoraConfig(mlp_sparsity=0.9, start_step=start), steps)
+def test_whether_any_step_of_a_run_is_sparse(start, end, steps, want):
+    schedule = Schedule.of(SparseLoraConfig(mlp_sparsity=0.9, start_step=start, end_step=end), steps)
     assert schedule.is_ever_sparse(steps) is want is any(map(schedule.is_sparse, range(steps)))
