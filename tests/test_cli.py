@@ -70,6 +70,11 @@ def test_settings_read_values_as_yaml():
     assert config.attention_sparsity == SparseLoraConfig.from_preset("llama-3-8b-math").attention_sparsity
 
 
+def test_settings_that_a_recipe_has_read_already():
+    want = SparseLoraConfig(attention_sparsity=0.5, start_step=0, exact=False)
+    assert settings.sparse_config({"attention_sparsity": 0.5, "start_step": 0, "exact": False}) == want
+
+
 def test_no_setting_is_no_configuration():
     assert settings.sparse_config({"preset": None, "mlp_sparsity": None, "seed": 3}) is None
 
@@ -213,12 +218,14 @@ def test_cpu_trains_in_fp32_unless_told(parse):
         (REQUIRED[:2], "Name the data"),
         ([*REQUIRED, "--use_peft", "false"], "SparseLoRA trains LoRA adapters"),
         ([*REQUIRED, "--dataset_streaming"], "Streamed data"),
+        ([*REQUIRED, "--streaming"], "Streamed data"),
         ([*REQUIRED, "--mlp_sparsty", "0.9"], "mlp_sparsty"),
         ([*REQUIRED, "--mlp_sparsity", "high"], "must be a number"),
         ([*REQUIRED, "--mlp_sparsity", "{"], "cannot be read as YAML"),
         ([*REQUIRED, "--train_on", "both"], "invalid choice"),
         ([*REQUIRED, "--max_steps", "many"], "invalid int value"),
         ([*REQUIRED, "--max_examples", "0"], "max_examples: 0 is below 1"),
+        ([*REQUIRED, "--max_example", "3"], "--max_example"),
     ],
 )
 def test_sft_errors(capsys, flags, message):
@@ -237,11 +244,11 @@ def test_recipe_errors(capsys, tmp_path, text, message):
     assert message in error_of(capsys, "sft", *REQUIRED, "--config", str(tmp_path / "recipe.yaml"))
 
 
-def test_no_whole_model_is_trained_into_the_folder_of_an_adapter(capsys, tmp_path):
-    pytest.importorskip("trl")
+def test_no_whole_model_is_trained_into_the_folder_of_an_adapter(parse, capsys, tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
-    flags = [*REQUIRED, "--output_dir", str(tmp_path), "--dense", "--use_peft", "false"]
-    assert f"{tmp_path} holds an adapter" in error_of(capsys, "sft", *flags)
+    flags = [*REQUIRED, "--output_dir", str(tmp_path), "--dense"]
+    assert f"{tmp_path} holds an adapter" in error_of(capsys, "sft", *flags, "--use_peft", "false")
+    assert parse(flags).model.use_peft  # another adapter may take its place
 
 
 # sft and doctor: runs
@@ -449,6 +456,14 @@ def test_help_of_a_setting_is_its_docstring(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert "fraction of MLP channels dropped for context tokens" in text
     assert all(len(settings._help(field.name)) > len(field.name) + 8 for field in dataclasses.fields(SparseLoraConfig))
+
+
+def test_help_of_a_training_lists_what_it_takes(capsys):
+    pytest.importorskip("trl")
+    with pytest.raises(SystemExit):
+        main(["sft", "--help"])
+    text = capsys.readouterr().out
+    assert all(flag in text for flag in ("--learning_rate", "--lora_r", "--max_examples", "--mlp_sparsity"))
 
 
 @pytest.mark.parametrize("argv", [("estimate", "llama-3-8b", "--batch", "0"), ("quickstart", "--steps", "-1")])

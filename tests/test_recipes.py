@@ -153,6 +153,7 @@ def test_a_recipe_wins_over_those_it_builds_on(tmp_path):
     ("files", "message"),
     [
         ({"recipe": "base: other.yaml\n", "other": "base: recipe.yaml\n"}, "builds on itself"),
+        ({"recipe": "base: x/../recipe.yaml\n"}, "builds on itself"),
         ({"recipe": "- a\n- b\n"}, "expected `name: value` lines, found list"),
         ({"recipe": "learning_rat: 1\n"}, "keys that nothing reads: learning_rat"),
         ({"recipe": "train_on: anwser\n"}, "train_on: 'anwser' is not one of answer, output"),
@@ -163,7 +164,7 @@ def test_a_recipe_wins_over_those_it_builds_on(tmp_path):
         ({"recipe": "output_dir: 2024-01-01\n"}, "another type than its setting"),
         ({"recipe": "sparselora: [rank]\nsmoke: true\n"}, r"SparseLoRA settings as `name: value` lines, found \["),
     ],
-    ids=["circle", "list", "typo", "choice", "base", "bases", "key", "environment", "date", "section"],
+    ids=["circle", "itself", "list", "typo", "choice", "base", "bases", "key", "environment", "date", "section"],
 )
 def test_recipe_errors(tmp_path, files, message):
     with pytest.raises(ValueError, match=message):
@@ -173,6 +174,17 @@ def test_recipe_errors(tmp_path, files, message):
 def test_sections_may_be_left_empty(tmp_path):
     path = write(tmp_path, recipe="base:\nenv:\nsparselora:\n") / "recipe.yaml"
     assert parse(["--config", str(path), *REQUIRED]).sparse is None
+    assert parse(["--config", str(path), *REQUIRED, "--smoke"]).sparse is None
+
+
+def test_data_may_be_a_mixture(tmp_path):
+    path = write(tmp_path, recipe="model_name_or_path: m\ndatasets: [{path: a}, {path: b}]\n") / "recipe.yaml"
+    assert [each.path for each in parse(["--config", str(path)]).mixture.datasets] == ["a", "b"]
+
+
+def test_a_recipe_may_come_last_and_have_any_name(tmp_path):
+    path = write(tmp_path, **{"lr=1": "learning_rate: 1.0\n"}) / "lr=1.yaml"
+    assert parse([*REQUIRED, f"--config={path}"]).training.learning_rate == 1.0
 
 
 def test_a_single_task_needs_no_list(tmp_path):
@@ -186,10 +198,10 @@ def test_a_missing_base_is_named(tmp_path):
 
 
 def test_environment_of_a_recipe(tmp_path, monkeypatch):
-    monkeypatch.delenv("RECIPE_SAYS", raising=False)
+    monkeypatch.setenv("RECIPE_SAYS", "4")
     path = write(tmp_path, recipe="env: {RECIPE_SAYS: 5}\nmodel_name_or_path: m\ndataset_name: d\n") / "recipe.yaml"
     parse(["--config", str(path)])
-    assert os.environ.pop("RECIPE_SAYS") == "5"
+    assert os.environ["RECIPE_SAYS"] == "5"
 
 
 # in small
@@ -219,9 +231,10 @@ def test_smoke_wins_over_the_recipe_and_flags_over_smoke():
 
 @pytest.mark.parametrize("flag", [["--smoke", "true"], ["--smoke=true"], []], ids=["word", "equals", "recipe"])
 def test_smoke_however_it_is_asked_for(tmp_path, flag):
-    text = f"base: {ALL['wizardlm/llama-3.1-8b']}\n" + ("" if flag else "smoke: true\n")
+    text = f"base: {ALL['wizardlm/llama-3.1-8b']}\nsparselora: {{start_step: 9}}\n" + ("" if flag else "smoke: true\n")
     recipe = parse(["--config", str(write(tmp_path, recipe=text) / "recipe.yaml"), *flag])
     assert (recipe.data.smoke, recipe.training.max_steps, recipe.model.model_name_or_path) == (True, 4, None)
+    assert recipe.sparse.start_step == 2
 
 
 def test_smoke_that_is_switched_off():
