@@ -155,14 +155,22 @@ def test_saving_is_switchable_and_undone(exact):
     assert {type(norm) for norm in norms_of(model)} == {LlamaRMSNorm}
 
 
-def test_a_forward_put_on_a_norm_later_is_used(batch):
+@pytest.mark.parametrize("later", [False, True], ids=["before", "later"])
+def test_a_forward_that_others_put_on_a_norm_is_used(batch, later):
     """Liger's kernels do that when training starts."""
-    model = lora_model()
-    with sparsify(model, LEAN) as handle:
-        want = loss_and_gradients(model, batch)
-        calls = []
+    model, calls = lora_model(), []
+    want = loss_and_gradients(model, batch)
+
+    def put():
         for norm in norms_of(model):
             norm.forward = lambda x, norm=norm: calls.append(1) or LlamaRMSNorm.forward(norm, x)
+
+    if not later:
+        put()
+    with sparsify(model, LEAN) as handle:
+        if later:
+            put()
+        calls.clear()
         handle.begin_run(10)
         assert_same(loss_and_gradients(model, batch), want, 1e-5)
         assert len(calls) == 3

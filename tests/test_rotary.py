@@ -210,6 +210,24 @@ def test_copies_are_lean(duplicate, trained, turned, batch):
     assert_same(got, want, 1e-6)
 
 
+def test_a_copy_made_where_the_family_turns_otherwise_runs_that(monkeypatch, turned, batch):
+    model = lora_model()
+    with sparsify(model, LEAN):
+        monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", no_angle)
+        got, count = train(copy.deepcopy(model), batch, turned)
+    assert count == 0
+    assert_same(got, loss_and_gradients(model, batch), 1e-6)
+
+
+def test_kernels_are_those_of_the_settings_in_copies_too(monkeypatch, batch):
+    model, asked = lora_model(), set()
+    monkeypatch.setattr(rotary, "lean_rotary", lambda *args: asked.add(args[4]) or lean_rotary(*args))
+    with sparsify(model, LEAN.replace(kernels="torch")):
+        loss_and_gradients(model, batch)
+        loss_and_gradients(copy.deepcopy(model), batch)
+    assert asked == {"torch"}
+
+
 def backwards(q, k, cos, sin):
     return apply_rotary_pos_emb(q, k, cos, -sin)
 
@@ -218,7 +236,11 @@ def no_angle(q, k, cos, sin):
     return q, k
 
 
-@pytest.mark.parametrize("other", [backwards, no_angle, None, max])
+def queries_alone(q, k, cos, sin):
+    return apply_rotary_pos_emb(q, k, cos, sin)[0], k
+
+
+@pytest.mark.parametrize("other", [backwards, no_angle, queries_alone, None, max])
 def test_a_family_that_turns_otherwise_is_left_alone(other, monkeypatch):
     model = lora_model()
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", other)
@@ -348,6 +370,29 @@ def test_decorators_are_kept(decorator, lean, turned, batch):
     assert count == (3 if lean else 0)
     assert all(hasattr(attention, "told") == (decorator is told) for attention in attentions_of(model))
     assert_same(got, want, 1e-6)
+
+
+@pytest.mark.parametrize(
+    "decorator",
+    [functools.partial, functools.lru_cache, lambda forward: told(functools.lru_cache(forward))],
+    ids=["partial", "cached", "cached and decorated"],
+)
+def test_a_forward_that_is_no_function_is_left_alone(decorator):
+    assert rotary._Forward.of(decorator(LlamaAttention.forward), "auto") is None
+
+
+def test_names_that_a_nested_function_uses_count():
+    assert rotary._names((lambda: lambda: torch.sin).__code__) == {"torch", "sin"}
+
+
+def a_little_longer(*args):
+    return tuple(x * (1 + 1e-12) for x in apply_rotary_pos_emb(*args))
+
+
+def test_a_family_is_tried_on_any_default_device_to_the_last_bit():
+    with torch.device("meta"):
+        assert rotary._turns_halves(apply_rotary_pos_emb, torch.float64, torch.float64)
+        assert not rotary._turns_halves(a_little_longer, torch.float64, torch.float64)
 
 
 class Counted:

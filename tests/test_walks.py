@@ -143,6 +143,28 @@ def test_modules_with_a_train_of_their_own_are_asked_every_time(model):
     assert layer_of(model).counts.calls == 3
 
 
+def test_a_module_whose_class_is_exchanged_is_asked(model):
+    QuickWalks(model)
+    model.train()
+    mlp = layer_of(model).mlp
+    mlp.__class__ = type("Counting", (_Counts, type(mlp)), {})
+    model.train()
+    assert mlp.calls == 1
+
+
+class _Hides(nn.Linear):
+    """Shows no module where it is walked through."""
+
+    def named_modules(self, *args, **kwargs):
+        return iter(())
+
+
+def test_a_module_with_a_walk_of_its_own_is_asked(model):
+    layer_of(model).hidden = _Hides(3, 3)
+    QuickWalks(model)
+    assert_same_parameters(model)
+
+
 def test_an_instance_with_a_train_of_its_own_is_asked(model):
     calls, mlp = [], layer_of(model).mlp
     mlp.train = lambda mode=True: calls.append(mode) or type(mlp).train(mlp, mode)
@@ -167,15 +189,14 @@ def test_kernels_of_the_hub_are_looked_after(model, monkeypatch):
     _is_usual.cache_clear()
 
 
-def test_methods_that_others_gave_the_model_stay(model):
-    def train(mode=True):
-        return type(model).train(model, mode)
-
-    model.train = train
+@pytest.mark.parametrize("name", ["train", "parameters"])
+def test_methods_that_others_gave_the_model_stay(model, name):
+    before, method = set(model.__dict__), getattr(model, name)
+    setattr(model, name, method)
     walks = QuickWalks(model)
-    assert model.train is train and "parameters" not in model.__dict__
+    assert model.__dict__[name] is method and set(model.__dict__) - before == {name}
     walks.remove()
-    assert model.train is train
+    assert model.__dict__[name] is method
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
