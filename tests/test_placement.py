@@ -20,7 +20,7 @@ from helpers import (
 )
 from torch import nn
 
-from sparselora_hf import TokenPlan, placement, sparsify
+from sparselora_hf import TokenPlan, distributed, placement, sparsify
 from sparselora_hf.state import ActiveBatch
 
 SPARSE = SPARSE.replace(criterion="oracle")
@@ -131,6 +131,43 @@ def test_a_model_that_fsdp2_gathers_as_a_whole_is_fitted_as_one_that_is_not_spli
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
+def test_weights_are_gathered_for_a_part_and_split_again():
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+
+    def split():
+        return [isinstance(layer.weight, DTensor) for layer in model]
+
+    try:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        mesh = dist.init_device_mesh("cpu", (1,))
+        fully_shard(fully_shard(model[0], mesh=mesh) and model, mesh=mesh)  # the second layer is the whole's own
+        with distributed.whole_weights(model[1], model):
+            assert split() == [True, False]
+        assert split() == [True, True]
+        with distributed.whole_weights(model):
+            assert split() == [False, False]
+    finally:
+        dist.destroy_process_group()
+
+
+def test_what_rank_0_has_holds(monkeypatch):
+    sent = []
+
+    def broadcast(tensor, src):
+        assert tensor.is_contiguous()
+        sent.append(src)
+        tensor.fill_(5)
+
+    monkeypatch.setattr(distributed, "_is_distributed", lambda: True)
+    monkeypatch.setattr(dist, "broadcast", broadcast)
+    tensors = [torch.zeros(2, 3).t(), torch.zeros(2)]
+    distributed.agree(tensors)
+    assert sent == [0, 0] and all((tensor == 5).all() for tensor in tensors)
+
+
 def test_fsdp_1_is_refused_in_a_loop_of_ones_own():
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.fsdp.wrap import ModuleWrapPolicy
@@ -172,7 +209,10 @@ ENGINES = {
 }
 
 
-@pytest.mark.parametrize(("engine", "state"), ENGINES.items(), ids=str)
+ZERO_2 = {"distributed_type": "DEEPSPEED", "deepspeed_plugin": types.SimpleNamespace(zero_stage=2)}
+
+
+@pytest.mark.parametrize(("engine", "state"), [*ENGINES.items(), (None, ZERO_2)], ids=str)
 def test_engines(monkeypatch, engine, state):
     state = {"distributed_type": "NO", "parallelism_config": None} | state
     n_gpu = state.pop("n_gpu", 1)
@@ -182,6 +222,10 @@ def test_engines(monkeypatch, engine, state):
         return
     with pytest.raises(ValueError, match=f"does not run in .*{engine}.*ZeRO-2 are the ways"):
         placement.check_engine(n_gpu)
+
+
+def test_a_sum_above_what_float16_holds_is_no_damage():
+    assert placement._is_finite(torch.ones(70000, dtype=torch.float16))
 
 
 def test_trainer_reads_the_weights_once(tmp_path, monkeypatch):
