@@ -757,6 +757,13 @@ def test_no_such_adapter(capsys, tmp_path):
     assert f"There is no adapter {tmp_path}" in line
 
 
+def test_adapters_in_folders_of_their_own_are_named(capsys, tmp_path):
+    """PEFT saves an adapter of another name than `default` into a folder of that name."""
+    get_peft_model(tiny_model(layers=2), LoraConfig(target_modules=["q_proj"]), "math").save_pretrained(tmp_path)
+    line = error_of(capsys, lambda: main(["eval", str(tmp_path), "--task", "gsm8k"]))
+    assert f"those in it are {tmp_path / 'math'}." in line
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [

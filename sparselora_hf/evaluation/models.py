@@ -32,7 +32,10 @@ def base_of(adapter: str) -> str:
     try:
         base = PeftConfig.from_pretrained(adapter).base_model_name_or_path
     except (OSError, ValueError) as error:
-        raise OSError(f"There is no adapter {adapter}: no such folder, or none that can be reached.") from error
+        # PEFT puts adapters of other names than `default` into folders of their own
+        inner = sorted(str(path.parent) for path in Path(adapter).glob("*/adapter_config.json"))
+        remedy = f"those in it are {', '.join(inner)}" if inner else "no such folder, or none that can be reached"
+        raise OSError(f"There is no adapter {adapter}: {remedy}.") from error
     if not base:
         raise ValueError(f"The adapter {adapter} does not name its base model. Name it: --model NAME.")
     return base
