@@ -172,7 +172,16 @@ class SparseLoraConfig:
         )
 
     def replace(self, **changes: Any) -> "SparseLoraConfig":
-        """A copy with some fields changed, checked anew."""
+        """A copy with some fields changed, checked anew.
+
+        Raises:
+            ValueError: an unknown field; `preset` is none.
+        """
+        if "preset" in changes:  # every field has a value already, which would win over the preset's
+            raise ValueError(
+                f"preset: {changes['preset']!r} is no field to replace. SparseLoraConfig.from_preset(name, "
+                "**settings) starts from a schedule."
+            )
         return self.from_dict({**dataclasses.asdict(self), **changes})
 
     @classmethod

@@ -195,6 +195,8 @@ def test_replace_checks_anew():
         config.replace(mlp_sparsity=2)
     with pytest.raises(ValueError, match="Unknown"):
         config.replace(rnak=4)
+    with pytest.raises(ValueError, match=r"preset: 'llama-3-8b-math' is no field.*from_preset"):
+        config.replace(preset="llama-3-8b-math")
 
 
 @pytest.mark.parametrize(
