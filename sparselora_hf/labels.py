@@ -85,9 +85,8 @@ def label_examples(
     )
     dropped = len(dataset) - len(kept)
     if not len(kept):
-        raise ValueError(
-            f"Every prompt fills max_length = {max_length} tokens, so no label is left. Raise max_length."
-        )
+        why = "row is longer than" if long_rows == "drop" else "prompt fills"
+        raise ValueError(f"Every {why} max_length = {max_length} tokens, so no row is left. Raise max_length.")
     if dropped:
         why = "are longer than" if long_rows == "drop" else "have a prompt that fills"
         logger.warning(f"{dropped} of {len(dataset)} rows {why} max_length = {max_length} tokens and are dropped.")

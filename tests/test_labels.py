@@ -156,7 +156,7 @@ def test_rows_without_a_label_are_dropped_and_counted():
     assert (len(kept), dropped) == (2, 2)
     assert kept[1] == {"input_ids": [5, 5, 5, 7], "labels": [IGNORE_INDEX] * 3 + [7]}  # no room for the end of text
     assert label_examples(rows, word_tokenizer(), None)[1] == 0
-    with pytest.raises(ValueError, match="Raise max_length"):
+    with pytest.raises(ValueError, match="Every prompt fills max_length = 2"):
         label_examples(rows, word_tokenizer(), max_length=2)
 
 
@@ -168,6 +168,8 @@ def test_more_rows_asked_for_than_there_are():
 def test_long_rows_can_be_left_out_and_the_rest_counted():
     kept, dropped = label_examples(word_rows(2, 9, 3, 4), word_tokenizer(), 5, "drop", max_examples=2)
     assert ([len(ids) for ids in kept["input_ids"]], dropped) == ([4, 5], 2)
+    with pytest.raises(ValueError, match=r"Every row is longer than max_length = 3 .* Raise max_length"):
+        label_examples(word_rows(2), word_tokenizer(), 3, "drop")
     with pytest.raises(ValueError, match="'keep' is not one of cut, drop"):
         label_examples(word_rows(2), word_tokenizer(), 5, "keep")
 
