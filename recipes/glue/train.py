@@ -82,7 +82,11 @@ class GlueArguments:
 
     task_name: str = dataclasses.field(default="rte", metadata={"choices": sorted(TASKS)})
     data_folder: str | None = dataclasses.field(
-        default=None, metadata={"help": "folder with TASK/train.jsonl and TASK/validation.jsonl; left out, the hub"}
+        default=None,
+        metadata={
+            "help": "folder with TASK/train.jsonl and TASK/validation.jsonl (mnli: validation_matched.jsonl); "
+            "left out, the hub"
+        },
     )
     max_length: int = 128
     max_examples: int | None = None
