@@ -152,6 +152,7 @@ def sparsify(
         progress: show a progress bar for the SVD, on rank 0; None shows it unless transformers' progress bars are off.
 
     Raises:
+        ImportError: a library whose version is not supported.
         TypeError: no `SparseLoraConfig`.
         ValueError: the configuration does not fit the model; the model is untouched then.
     """

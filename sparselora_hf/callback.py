@@ -32,7 +32,8 @@ class SparseLoraCallback(TrainerCallback):
         model_family: with a configuration, description of a model family that is not in the table.
 
     Attributes:
-        handle: the handle of the model in training; None before a configuration has met its model.
+        handle: the handle of the model in training; None before a configuration has met its model, and after
+            its training.
 
     Raises:
         TypeError: `sparse` is neither.

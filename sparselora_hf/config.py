@@ -60,8 +60,8 @@ class SparseLoraConfig:
             ranges (``{"3-30": 0.99}``), the other layers staying dense.
         attention_sparsity: the same for the channels of the q, k, v and o projections; of v and o alone where a model
             normalises queries and keys.
-        start_step: first sparse optimizer step; a float is a fraction of the run, an int counts steps. Steps
-            before it are dense (the paper: 5 or 10 %).
+        start_step: first sparse optimizer step, counted from 0; a float is a fraction of the run, an int counts
+            steps. Steps before it are dense (the paper: 5 or 10 %).
         end_step: first step that is dense again, counted like `start_step`; 1.0 is the end of the run.
         rank: rank of the SVD estimator (paper, section 3.2: 8).
         criterion: how channels are scored: ``svd`` (the paper's text, all context tokens), ``svd_mean`` (the

@@ -102,8 +102,8 @@ class SparseLoraHandle:
             step: finished steps, where a run is resumed; 0 forgets what an earlier run had learned.
 
         Raises:
-            ValueError: no step would be sparse, FSDP version 1 has wrapped the layers, or another library has replaced
-                the forward of a sparse module.
+            ValueError: sparsity would end before it starts, FSDP version 1 has wrapped the layers, or another library
+                has replaced the forward of a sparse module.
         """
         if not self.is_attached:
             logger.warning("SparseLoRA: the model was restored, so training is dense. Call sparsify for a new handle.")
@@ -186,7 +186,11 @@ class SparseLoraHandle:
             )
 
     def fit(self) -> None:
-        """Fit the criterion's and the stand-in's statistics to the sample of the dense steps; every rank must call."""
+        """Fit the criterion's and the stand-in's statistics to the sample of the dense steps; every rank must call.
+
+        Raises:
+            RuntimeError: there is no sample.
+        """
         calibration = self.state.calibration
         calibration.reservoir = calibration.reservoir.merged(self.device)
         if not len(calibration.reservoir):

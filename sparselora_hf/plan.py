@@ -72,13 +72,14 @@ class TokenPlan:
             attention_mask: ``[B, S]`` with 0 on padding, or None. A mask of another form, a matrix for each row or a
                 dictionary of several, leaves no token out.
             position_ids: ``[B, S]``; where it restarts a packed document begins. Without a mask a document of a
-                single token is padding, which is how padding-free batches are filled up to a multiple.
+                single token is padding, which is how padding-free batches are filled up to a multiple. Positions of
+                another shape are passed over.
             token_rule: see `SparseLoraConfig`.
             shift_labels: ``[B, S]``, what each position is to predict, where a batch brings it along. The loss is made
                 of it, whatever `labels` hold then.
 
         Raises:
-            ValueError: shapes that do not belong together.
+            ValueError: `labels` of another shape.
         """
         if labels.dim() != 2:
             raise ValueError(f"labels must be of shape [batch, sequence], got {tuple(labels.shape)}.")

@@ -59,8 +59,8 @@ class SparseLoraTrainer(SFTTrainer):
 
     Args:
         *args, **kwargs: those of `trl.SFTTrainer`, all of them.
-        sparse_config: settings of sparsity; left out, `SparseLoraConfig.default` for the model's depth, or what
-            the checkpoint says when a run is resumed.
+        sparse_config: settings of sparsity; left out, `SparseLoraConfig.default` for the model's depth and width,
+            or what the checkpoint says when a run is resumed.
         model_family: description of a model family that is not in the table.
 
     Attributes:
@@ -68,6 +68,7 @@ class SparseLoraTrainer(SFTTrainer):
             `SFTTrainer` does.
 
     Raises:
+        ImportError: a library whose version is not supported.
         TypeError: `sparse_config` is no `SparseLoraConfig`.
         ValueError: settings, model and data do not fit together; a model passed in is untouched then. Where the
             data is refused, weights that PiSSA, OLoRA and the like have rewritten are not: a warning says so. What
