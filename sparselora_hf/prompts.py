@@ -182,7 +182,7 @@ def read_rows(name: str, split: str = "train", config_name: str | None = None) -
 
     Raises:
         OSError: no such file or dataset, or no network to fetch it.
-        ValueError: a file of another kind, or not what its name says.
+        ValueError: a file of another kind, not what its name says, or without rows.
     """
     import datasets
 
@@ -193,6 +193,8 @@ def read_rows(name: str, split: str = "train", config_name: str | None = None) -
             return datasets.load_dataset(READERS[suffix], data_files=str(path), split=split)
         except datasets.exceptions.DatasetGenerationError as error:
             raise ValueError(f"{name}: this {suffix} file cannot be read: {error.__cause__ or error}") from error
+        except (ValueError, StopIteration) as error:  # of a file without rows, or of another split than `train`
+            raise ValueError(f"{name} has no rows of the split {split!r}. {error}".rstrip()) from error
     if suffix == ".txt" and path.is_file():
         if split != "train":
             raise ValueError(f"{name}: a text file is one row of the split train, there is no {split!r}.")

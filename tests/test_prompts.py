@@ -178,6 +178,18 @@ def test_short_text_is_an_error(tmp_path):
         load_examples(str(tmp_path / "a.txt"), "train", "text_split")
 
 
+@pytest.mark.parametrize(("name", "text"), [("a.jsonl", ""), ("a.json", "[]"), ("a.csv", "instruction,output\n")])
+def test_a_file_without_rows_is_named(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=rf"{name} has no rows of the split 'train'"):
+        load_examples(str(tmp_path / name), prompt_format="alpaca")
+
+
+def test_another_split_of_a_file_is_named(math_file):
+    with pytest.raises(ValueError, match=r"math\.json has no rows of the split 'test'.*\['train'\]"):
+        load_examples(str(math_file), "test")
+
+
 def test_a_file_from_the_web_is_fetched_once(math_file):
     handler = partial(SimpleHTTPRequestHandler, directory=str(math_file.parent))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
