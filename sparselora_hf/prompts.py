@@ -11,17 +11,15 @@ from typing import Any
 
 from transformers.utils import logging
 
-from .formats import FORMATS, alpaca, question_answer
-from .svd_cache import default_cache_dir
+from .cache import default_cache_dir
+from .formats import FORMATS
 
 __all__ = [
     "PROMPT_FORMATS",
     "READERS",
     "TextWindow",
-    "alpaca",
     "format_examples",
     "load_examples",
-    "question_answer",
     "read_rows",
     "text_split",
 ]

@@ -19,7 +19,7 @@ from .files import write_atomically
 from .ops.quant import FrozenWeight, QuantisedWeight, read_whole
 from .svd import LowRank, truncated_svd
 
-__all__ = ["SvdCache", "default_cache_dir", "fingerprint"]
+__all__ = ["SvdCache", "fingerprint"]
 
 logger = logging.get_logger(__name__)
 

@@ -10,14 +10,12 @@ import pytest
 
 datasets = pytest.importorskip("datasets")
 
-from sparselora_hf.formats import code_feedback, evol_instruct, llm_adapters  # noqa: E402
+from sparselora_hf.formats import alpaca, code_feedback, evol_instruct, llm_adapters, question_answer  # noqa: E402
 from sparselora_hf.prompts import (  # noqa: E402
     PROMPT_FORMATS,
     TextWindow,
-    alpaca,
     format_examples,
     load_examples,
-    question_answer,
     text_split,
 )
 

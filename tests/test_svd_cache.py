@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from sparselora_hf import svd_cache
+from sparselora_hf.cache import default_cache_dir
 from sparselora_hf.svd import truncated_svd
-from sparselora_hf.svd_cache import SvdCache, default_cache_dir, fingerprint
+from sparselora_hf.svd_cache import SvdCache, fingerprint
 
 
 @pytest.fixture

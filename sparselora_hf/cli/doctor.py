@@ -146,7 +146,7 @@ def _nearest_existing(folder: Path) -> Path:
 
 
 def _cache() -> str:
-    from ..svd_cache import default_cache_dir
+    from ..cache import default_cache_dir
 
     folder = default_cache_dir()
     there = _nearest_existing(folder)
