@@ -9,7 +9,11 @@ __all__ = ["write_atomically"]
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write to a temporary name in the same folder and move it into place; raises OSError where that fails."""
+    """Write to a temporary name in the same folder, which is made if need be, and move it into place.
+
+    Raises:
+        OSError: that failed; an older file is still whole.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
     try:

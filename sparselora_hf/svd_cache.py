@@ -107,7 +107,6 @@ class SvdCache:
         tensors = {"down": factors.down.contiguous(), "up": factors.up.contiguous()}
         data = save(tensors, metadata={"key": key, "sum": _checksum(factors), "format": _FORMAT})
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, data)
         except OSError as error:
             self._writable = False

@@ -9,6 +9,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ..files import write_atomically
+
 __all__ = ["AnswerFile"]
 
 
@@ -30,17 +32,12 @@ class AnswerFile:
     def __init__(self, path: Path, settings: dict[str, Any], overwrite: bool = False) -> None:
         self.path = path
         self.answers: dict[int, list[str]] = {}
-        path.parent.mkdir(parents=True, exist_ok=True)
         lines = [] if overwrite or not path.exists() else _whole_lines(path)
         if lines:
             _check_same(path, lines[0], settings)
             self.answers = {line["question"]: line["answers"] for line in lines[1:]}
-        self._rewrite([settings, *lines[1:]])
-
-    def _rewrite(self, lines: list[dict[str, Any]]) -> None:
-        draft = self.path.with_suffix(".tmp")
-        draft.write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
-        draft.replace(self.path)
+        whole = "".join(f"{json.dumps(line)}\n" for line in [settings, *lines[1:]])
+        write_atomically(path, whole.encode())
 
     def add(self, answers: dict[int, list[str]]) -> None:
         """Append the answers of one batch."""
