@@ -8,13 +8,11 @@ costs about 0.2 % of the full one at width 4096. Rank 8 needs no full SVD: a ran
 import dataclasses
 
 import torch
-from torch import nn
 
 from .ops.estimator import channel_norms
-from .ops.quant import frozen_weight, read_whole
 from .ops.seeded import seeded
 
-__all__ = ["LowRank", "dense_weight", "truncated_svd"]
+__all__ = ["LowRank", "truncated_svd"]
 
 _OVERSAMPLING = 8
 _POWER_ITERATIONS = 4
@@ -42,11 +40,6 @@ class LowRank:
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> "LowRank":
         """The factors on a device, in a type."""
         return LowRank(self.down.to(device, dtype), self.up.to(device, dtype))
-
-
-def dense_weight(linear: nn.Module) -> torch.Tensor:
-    """The weight of a frozen linear ``[out, in]``, dequantised where it is stored in 4 or 8 bits."""
-    return read_whole(frozen_weight(linear))
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import torch
 from helpers import ATTENTION, add_lora, tiny_model
 from torch import nn
 
-from sparselora_hf.svd import dense_weight
+from sparselora_hf.ops.quant import frozen_weight, read_whole
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 
@@ -45,7 +45,7 @@ def dequantise(model: nn.Module) -> nn.Module:
     for name, linear in list(model.named_modules()):
         if isinstance(linear, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)):
             plain = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None)
-            plain.weight.data = dense_weight(linear).float()
+            plain.weight.data = read_whole(frozen_weight(linear)).float()
             if linear.bias is not None:
                 plain.bias.data = linear.bias.data.clone()
             model.set_submodule(name, plain)

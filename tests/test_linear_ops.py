@@ -1,10 +1,12 @@
 import pytest
 import torch
 from helpers import kept_for_backward
+from torch import nn
 from torch.autograd import gradcheck
 from torch.nn import functional as F
 
 from sparselora_hf.ops.linear import compute_dtype, gathered_columns, gathered_rows
+from sparselora_hf.ops.quant import frozen_weight, read_whole
 
 SHAPES = {
     "odd": (5, 7, 11, 3),
@@ -80,3 +82,10 @@ def test_types_follow_linear(op):
     assert y.dtype == torch.bfloat16
     y.float().sum().backward()
     assert x.grad.dtype == torch.float32
+
+
+def test_a_plain_weight_is_read_without_a_copy():
+    linear = nn.Linear(4, 3)
+    weight = read_whole(frozen_weight(linear))
+    assert weight.data_ptr() == linear.weight.data_ptr()
+    assert not weight.requires_grad

@@ -1,8 +1,7 @@
 import pytest
 import torch
-from torch import nn
 
-from sparselora_hf.svd import LowRank, dense_weight, truncated_svd
+from sparselora_hf.svd import LowRank, truncated_svd
 
 
 def decaying(out: int, inp: int, decay: float = 0.6, seed: int = 0) -> torch.Tensor:
@@ -125,21 +124,3 @@ def test_infinities_of_both_signs():
 def test_rank_too_large():
     with pytest.raises(ValueError, match=r"rank 9 exceeds the largest possible, 8, of a weight \(8, 20\)"):
         truncated_svd(torch.randn(8, 20), 9)
-
-
-def test_dense_weight_of_a_linear_is_the_weight():
-    linear = nn.Linear(4, 3)
-    assert dense_weight(linear).data_ptr() == linear.weight.data_ptr()
-    assert not dense_weight(linear).requires_grad
-
-
-def test_dense_weight_of_4_bits():
-    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    linear = nn.Linear(64, 128, bias=False)
-    quantised = bnb.nn.Linear4bit(64, 128, bias=False, quant_type="nf4", compute_dtype=torch.float32)
-    quantised.load_state_dict(linear.state_dict())
-    quantised = quantised.to("cpu")
-    weight = dense_weight(quantised)
-    assert weight.shape == (128, 64)
-    x = torch.randn(3, 64)
-    torch.testing.assert_close(x @ weight.float().t(), quantised(x).float(), rtol=1e-2, atol=1e-2)
