@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from sparselora_hf.ops.branch import Branch, add_branch, cast, fork_branch
 from sparselora_hf.ops.context import ContextPart, add_stand_in, context_linear, stand_in_factors
-from sparselora_hf.ops.projection import Frozen, MixedRows, projection, projections
+from sparselora_hf.ops.projection import Frozen, MixedRows, projections
 from sparselora_hf.ops.rows import fork_rows, overlay_rows
 
 ROWS = {
@@ -25,6 +25,11 @@ def draw(*shape, seed=0):
 
 
 WEIGHT, BIAS = draw(OUTPUTS, INPUTS, seed=1), draw(OUTPUTS, seed=2)
+
+
+def projection(x, weight, bias, dtype, branch=None, rows=None):
+    [y] = projections(x, [Frozen(weight, bias, branch, rows)], dtype)
+    return y
 
 
 def operands(branched=True):

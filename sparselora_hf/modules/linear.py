@@ -5,7 +5,7 @@ from torch import nn
 
 from ..hooks import has_hooks
 from ..ops.context import ContextPart, add_stand_in, context_linear, stand_in_factors
-from ..ops.projection import MixedRows, projection
+from ..ops.projection import Frozen, MixedRows, projections
 from ..ops.quant import frozen_weight
 from ..ops.rows import fork_rows, overlay_rows
 from ..state import Rows
@@ -29,7 +29,7 @@ class SparseLinear(Patched):
             return self.dense_forward(x, *args, **kwargs)
         dtype = product_type(x, self.weight)
         if not (args or kwargs) and is_bare(self, dtype):
-            return projection(x, self.weight, self.bias, dtype, rows=_mixed(self, rows, dtype))
+            return projections(x, [Frozen(self.weight, self.bias, rows=_mixed(self, rows, dtype))], dtype)[0]
         flat = x.reshape(-1, x.shape[-1])
         whole, few = fork_rows(flat, rows.dense, apart=True)
         y_dense = self.dense_forward(few, *args, **kwargs)

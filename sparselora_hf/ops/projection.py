@@ -17,7 +17,7 @@ from .branch import Branch, branch_backward, cast
 from .context import ContextPart, context_backward, context_forward
 from .once import once_differentiable
 
-__all__ = ["Frozen", "MixedRows", "projection", "projections"]
+__all__ = ["Frozen", "MixedRows", "projections"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,37 +144,12 @@ def _parts(hidden: torch.Tensor, bs: Sequence[torch.Tensor]) -> Sequence[torch.T
     return (hidden,) if len(bs) == 1 else hidden.split_with_sizes([b.shape[1] for b in bs], 1)
 
 
-def projection(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    dtype: torch.dtype,
-    branch: Branch | None = None,
-    rows: MixedRows | None = None,
-) -> torch.Tensor:
-    """``x Wᵀ + bias``, context rows on their kept channels alone, and a LoRA branch on top.
-
-    Args:
-        x: ``[..., in]``.
-        weight: ``[out, in]``, frozen, of the type of the product.
-        bias: ``[out]``, frozen, likewise, or None.
-        dtype: type of the product and of the result.
-        branch: the branch, or None.
-        rows: how rows are computed; None is all of them with all channels.
-
-    Returns:
-        ``[..., out]``. Differentiable in ``x`` and in the branch's matrices.
-    """
-    [y] = projections(x, [Frozen(weight, bias, branch, rows)], dtype)
-    return y
-
-
 def projections(x: torch.Tensor, linears: Sequence[Frozen], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """Several linears of the same input, each as `projection` has it.
+    """``x Wᵀ + bias`` of linears with the same input, context rows on their kept channels alone, LoRA branches on top.
 
     Args:
         x: ``[..., in]``.
-        linears: all with a branch, their A matrices of one type, or all without.
+        linears: one or several: all with a branch, their A matrices of one type, or all without.
         dtype: type of the products and of the results.
 
     Returns:
