@@ -186,12 +186,16 @@ class SparseLoraHandle:
             )
 
     def fit(self) -> None:
-        """Fit the criterion's and the stand-in's statistics to the sample of the dense steps; every rank must call.
+        """Fit the criterion's and the stand-in's statistics, if they have any, to the sample of the dense steps.
+
+        Every rank must call. Where they are fitted already nothing is done.
 
         Raises:
             RuntimeError: there is no sample.
         """
         calibration = self.state.calibration
+        if not calibration.gathers:
+            return
         calibration.reservoir = calibration.reservoir.merged(self.device)
         if not len(calibration.reservoir):
             raise RuntimeError(

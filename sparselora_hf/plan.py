@@ -12,9 +12,10 @@ import torch.nn.functional as F
 
 from .ops.transfer import to_device
 
-__all__ = ["IGNORE_INDEX", "PLANNED_BY", "TokenPlan"]
+__all__ = ["IGNORE_INDEX", "PLANNED_BY", "TOKEN_RULES", "TokenPlan"]
 
 IGNORE_INDEX = -100
+TOKEN_RULES = ("label_or_predictor", "label")
 PLANNED_BY = ("labels", "attention_mask", "position_ids", "shift_labels")  # what of a batch its plan is made from
 
 
@@ -79,14 +80,16 @@ class TokenPlan:
                 of it, whatever `labels` hold then.
 
         Raises:
-            ValueError: `labels` of another shape.
+            ValueError: labels of another shape, or an unknown token rule.
         """
-        if labels.dim() != 2:
-            raise ValueError(f"labels must be of shape [batch, sequence], got {tuple(labels.shape)}.")
+        _check_2d("labels", labels)
+        if token_rule not in TOKEN_RULES:
+            raise ValueError(f"token_rule: {token_rule!r} is not one of {', '.join(TOKEN_RULES)}.")
         if shift_labels is None:
             labels = labels.detach().cpu()
             targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
         else:
+            _check_2d("shift_labels", shift_labels)
             targets = shift_labels.detach().cpu()
             labels = F.pad(targets[:, :-1], (1, 0), value=IGNORE_INDEX)
         labelled, predicts = labels != IGNORE_INDEX, targets != IGNORE_INDEX
@@ -105,7 +108,11 @@ class TokenPlan:
             input_ids: ``[B, S]``.
             attention_mask: ``[B, S]`` with 0 on padding, or None.
             pad_token_id: padding token of the model; None pools the last position.
+
+        Raises:
+            ValueError: `input_ids` of another shape.
         """
+        _check_2d("input_ids", input_ids)
         ids = input_ids.detach().cpu()
         is_text = torch.ones_like(ids) if pad_token_id is None else ids != pad_token_id
         last = (torch.arange(ids.shape[1], device="cpu") * is_text).argmax(1)
@@ -182,6 +189,11 @@ class TokenPlan:
         rows = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
         moved = to_device(torch.cat(list(rows.values())), device).split([len(value) for value in rows.values()])
         return dataclasses.replace(self, **dict(zip(rows, moved, strict=True)))
+
+
+def _check_2d(name: str, tensor: torch.Tensor) -> None:
+    if tensor.dim() != 2:
+        raise ValueError(f"{name} must be of shape [batch, sequence], got {tuple(tensor.shape)}.")
 
 
 def _rows(mask: torch.Tensor) -> torch.Tensor:

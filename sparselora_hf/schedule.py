@@ -28,7 +28,8 @@ class Schedule:
         if start > end and max_steps:  # a run of no steps is not at fault
             raise ValueError(
                 f"start_step {config.start_step} (step {start}) is after end_step {config.end_step} (step {end}) "
-                f"in a run of {max_steps} steps: no step would be sparse. Lower start_step or raise end_step."
+                f"in a run of {max_steps} steps: no step would be sparse. Lower start_step, train "
+                "longer, or raise end_step where it lies before the end."
             )
         return cls(start, end)
 

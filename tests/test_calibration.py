@@ -55,6 +55,16 @@ def test_dense_steps_are_dense_and_sparse_ones_are_not(config, targets, batch):
     assert_same(loss_and_gradients(model, batch), want)
 
 
+def test_a_criterion_without_statistics_has_nothing_to_fit(batch):
+    model = lora_model()
+    with sparsify(model, BASE) as handle:
+        handle.fit()
+        handle.set_enabled(True)
+        want = loss_and_gradients(model, batch)
+        handle.fit()
+        assert_same(loss_and_gradients(model, batch), want)
+
+
 @learning
 def test_sparsity_before_any_dense_step(config):
     with sparsify(lora_model(), config) as handle, pytest.raises(RuntimeError, match="none with context tokens"):

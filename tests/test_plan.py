@@ -194,6 +194,15 @@ def test_context_share():
 def test_labels_of_a_wrong_shape():
     with pytest.raises(ValueError, match=r"\[batch, sequence\], got \(3,\)"):
         TokenPlan.from_batch(torch.tensor([1, 2, 3]))
+    with pytest.raises(ValueError, match=r"shift_labels .*\[batch, sequence\], got \(3,\)"):
+        TokenPlan.from_batch(torch.tensor([[1, 2, 3]]), shift_labels=torch.tensor([1, 2, 3]))
+    with pytest.raises(ValueError, match=r"input_ids .*\[batch, sequence\], got \(3,\)"):
+        TokenPlan.of_pooled(torch.tensor([1, 2, 3]))
+
+
+def test_an_unknown_token_rule():
+    with pytest.raises(ValueError, match="token_rule: 'labels' is not one of label_or_predictor, label"):
+        TokenPlan.from_batch(torch.tensor([[1, 2, 3]]), token_rule="labels")
 
 
 def test_to_moves_every_tensor():

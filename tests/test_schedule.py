@@ -41,7 +41,7 @@ def test_fractions_round_up(start, length, steps):
 def test_mixed_kinds_that_end_before_they_start():
     config = SparseLoraConfig(start_step=8, end_step=0.5)  # known only with the length of the run
     assert Schedule.of(config, 20).is_sparse(9)
-    with pytest.raises(ValueError, match=r"start_step 8 .*is after end_step 0.5 \(step 5\).*10 steps"):
+    with pytest.raises(ValueError, match=r"start_step 8 .*is after end_step 0.5 \(step 5\).*10 steps.*train longer"):
         Schedule.of(config, 10)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..formats import FORMATS
 from .settings import positive
 
 if TYPE_CHECKING:
@@ -69,7 +70,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output-dir", type=Path, default=Path("sparselora-quickstart"), help="where results go")
     parser.add_argument("--model", default=str(ASSETS), help="hub name or folder of a causal model")
     parser.add_argument("--dataset", help="hub name, folder or file with prompt and completion columns")
-    parser.add_argument("--prompt-format", help="how to read the dataset: alpaca, question_answer or text_split")
+    formats = ", ".join([*sorted(FORMATS), "text_split"])
+    parser.add_argument("--prompt-format", help=f"how rows become prompt and completion, if they are not: {formats}")
     parser.add_argument("--steps", type=positive, default=70, help="optimizer steps of each trainer")
     parser.add_argument("--batch", type=positive, default=16, help="rows of a step")
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="peak of a cosine schedule")

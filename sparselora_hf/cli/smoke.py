@@ -87,13 +87,16 @@ def make_model(folder: Path, shape: str | None, texts: list[str]) -> Path:
         texts: what the tokenizer is trained on.
 
     Raises:
-        ValueError: an unknown shape.
+        ValueError: an unknown shape, or None.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if shape not in MODEL_SHAPES:
-        raise ValueError(f"smoke_shape: {shape!r} is not one of {', '.join(sorted(MODEL_SHAPES))}.")
+        raise ValueError(
+            f"smoke_shape: {shape!r} is not one of {', '.join(sorted(MODEL_SHAPES))}. --smoke makes a model after it: "
+            "name a recipe that has one, or give --smoke_shape."
+        )
     real, tokenizer = MODEL_SHAPES[shape], _tokenizer(texts)
     heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
     if real["num_key_value_heads"] < real["num_attention_heads"]:
