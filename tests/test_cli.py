@@ -64,7 +64,8 @@ def test_errors_are_one_line_and_a_traceback_on_request(capsys, monkeypatch):
 
 def test_settings_read_values_as_yaml():
     values = {"preset": "llama-3-8b-math", "mlp_sparsity": "{3-30: 0.9}", "start_step": "10", "exact": "false"}
-    config = settings.sparse_config({**values, "sparse_seed": "7", "end_step": "100", "rank": None})
+    given = settings.sparse_settings({**values, "sparse_seed": "7", "end_step": "100", "rank": None})
+    config = settings.configured(given, 32, 4096)
     assert config.mlp_sparsity == {"3-30": 0.9}
     assert (config.start_step, config.exact, config.seed, config.rank) == (10, (), 7, 8)
     assert config.attention_sparsity == SparseLoraConfig.from_preset("llama-3-8b-math").attention_sparsity
@@ -72,19 +73,21 @@ def test_settings_read_values_as_yaml():
 
 def test_settings_that_a_recipe_has_read_already():
     want = SparseLoraConfig(attention_sparsity=0.5, start_step=0, exact=False)
-    assert settings.sparse_config({"attention_sparsity": 0.5, "start_step": 0, "exact": False}) == want
+    given = settings.sparse_settings({"attention_sparsity": 0.5, "start_step": 0, "exact": False})
+    assert settings.configured(given, 8, 64) == want
 
 
-def test_no_setting_is_no_configuration():
-    assert settings.sparse_config({"preset": None, "mlp_sparsity": None, "seed": 3}) is None
+def test_what_is_not_given_is_no_setting():
+    assert settings.sparse_settings({"preset": None, "mlp_sparsity": None, "seed": 3}) == {}
+    assert settings.configured({}, 8, 64) == SparseLoraConfig.default(8, 64)
 
 
 @pytest.mark.parametrize("given", [{"start_step": "0.1"}, {"dense_if_slower": "false", "sparse_seed": "1"}], ids=str)
-def test_settings_that_would_make_nothing_sparse_are_refused(given):
-    """They are not laid over the model's default, which is what a run without any takes."""
-    with pytest.raises(ValueError, match=rf"{', '.join(given)}: .*mlp_sparsity 0 for exact savings alone"):
-        settings.sparse_config(given)
-    assert not settings.sparse_config({**given, "mlp_sparsity": "0"}).is_sparse
+def test_settings_without_a_schedule_change_the_models_default(given):
+    parsed = settings.sparse_settings(given)
+    assert settings.configured(parsed, 8, 64) == SparseLoraConfig.default(8, 64).replace(**parsed)
+    exact = settings.sparse_settings({**given, "mlp_sparsity": "0"})
+    assert settings.configured(exact, 8, 64) == SparseLoraConfig(**parsed)
 
 
 def test_prefixes_are_needed_and_suffice():
@@ -172,7 +175,7 @@ def parse():
 @pytest.mark.parametrize("name", ["llama-3-8b", "llama-2-7b", "llama-2-13b"])
 def test_recipes_say_what_the_paper_says(parse, name):
     recipe = parse(["--config", str(RECIPES / f"{name}.yaml")])
-    assert recipe.sparse == SparseLoraConfig.from_preset(f"{name}-math")
+    assert recipe.sparse == {"preset": f"{name}-math"}
     assert (recipe.model.use_peft, recipe.model.lora_r, recipe.model.lora_alpha) == (True, 32, 64)
     assert (recipe.training.per_device_train_batch_size, recipe.training.num_train_epochs) == (8, 3)
     assert (recipe.training.learning_rate, recipe.training.warmup_steps) == (3e-4, 0.04)
@@ -183,8 +186,8 @@ def test_flags_win_over_the_recipe(parse):
     recipe = parse(
         [f"--config={RECIPES / 'llama-3-8b.yaml'}", "--lora_r", "4", "--mlp_sparsity", "0.5", "--seed", "1"]
     )
-    assert (recipe.model.lora_r, recipe.sparse.mlp_sparsity) == (4, 0.5)
-    assert (recipe.training.seed, recipe.sparse.seed) == (1, 0)
+    assert (recipe.model.lora_r, recipe.sparse["mlp_sparsity"]) == (4, 0.5)
+    assert (recipe.training.seed, "seed" in recipe.sparse) == (1, False)
 
 
 def test_flat_keys_and_section_mean_the_same(parse, tmp_path):
@@ -193,11 +196,11 @@ def test_flat_keys_and_section_mean_the_same(parse, tmp_path):
     section = "sparselora:\n  mlp_sparsity: {3-5: 0.9}\n  seed: 4\n  exact: [padding]\n"
     (tmp_path / "section.yaml").write_text(head + section)
     flat, nested = (parse(["--config", str(tmp_path / name)]).sparse for name in ("flat.yaml", "section.yaml"))
-    assert flat == nested == SparseLoraConfig(mlp_sparsity={"3-5": 0.9}, seed=4, exact=("padding",))
+    assert flat == nested == {"mlp_sparsity": {"3-5": 0.9}, "seed": 4, "exact": ["padding"]}
 
 
 def test_without_settings_the_trainer_decides(parse):
-    assert parse(REQUIRED).sparse is None
+    assert parse(REQUIRED).sparse == {}
 
 
 def test_cpu_trains_in_fp32_unless_told(parse):
@@ -292,6 +295,19 @@ def test_smoke_recipe_trains_and_saves_an_adapter(capsys, tmp_path, kind):
     assert main(smoke(tmp_path, *(["--dense"] if kind == "dense" else []))) == 0
     assert f"{kind}: 3 steps in" in capsys.readouterr().out
     assert (tmp_path / "adapter_model.safetensors").is_file()
+
+
+@needs_data
+@pytest.mark.usefixtures("one_thread")
+def test_a_setting_alone_changes_the_default_of_the_model_that_is_loaded(tmp_path):
+    pytest.importorskip("sparselora_hf.trainer")
+    flags = ["--model_name_or_path", str(MODEL), "--dataset_name", str(MATH), "--prompt_format", "llm_adapters"]
+    flags += ["--output_dir", str(tmp_path), "--max_steps", "1", "--max_examples", "8", "--max_length", "512"]
+    flags += ["--start_step", "0.1", "--dense_if_slower", "false"]
+    assert main(["sft", *flags, "--report_to", "none", "--model_init_kwargs", '{"num_hidden_layers": 4}']) == 0
+    default = SparseLoraConfig.default(4, 64)
+    assert default != SparseLoraConfig.default(5, 64)
+    assert SparseLoraConfig.from_yaml(tmp_path) == default.replace(start_step=0.1, dense_if_slower=False)
 
 
 @needs_data

@@ -82,7 +82,7 @@ def test_recipe(name):
     assert (training.lr_scheduler_type, training.warmup_steps) == ("cosine", 0.04)
     assert (model.lora_r, model.lora_alpha, model.lora_dropout) == (32, 64, 0)
     assert model.lora_target_modules == ["q_proj", "k_proj", "v_proj", "o_proj"]
-    assert recipe.sparse == (SparseLoraConfig.from_preset(SCHEDULES[name]) if name in SCHEDULES else None)
+    assert recipe.sparse == ({"preset": SCHEDULES[name]} if name in SCHEDULES else {})
     assert model.load_in_4bit == name.endswith("-qlora")
     assert data.prompt_format is None or data.prompt_format in PROMPT_FORMATS
     assert find_tasks(data.eval_tasks)
@@ -173,8 +173,8 @@ def test_recipe_errors(tmp_path, files, message):
 
 def test_sections_may_be_left_empty(tmp_path):
     path = write(tmp_path, recipe="base:\nenv:\nsparselora:\n") / "recipe.yaml"
-    assert parse(["--config", str(path), *REQUIRED]).sparse is None
-    assert parse(["--config", str(path), *REQUIRED, "--smoke"]).sparse is None
+    assert parse(["--config", str(path), *REQUIRED]).sparse == {}
+    assert parse(["--config", str(path), *REQUIRED, "--smoke"]).sparse == {"start_step": 2, "dense_if_slower": False}
 
 
 def test_data_may_be_a_mixture(tmp_path):
@@ -226,7 +226,7 @@ def test_smoke_wins_over_the_recipe_and_flags_over_smoke():
     recipe = parse(["--config", str(ALL["wizardlm/llama-3.1-8b"]), "--smoke", "--max_steps", "2"])
     assert (recipe.training.max_steps, recipe.data.max_examples, recipe.model.model_name_or_path) == (2, 16, None)
     assert recipe.training.output_dir == "runs/wizardlm-llama-3.1-8b-smoke"
-    assert recipe.sparse.start_step == 2
+    assert recipe.sparse["start_step"] == 2
 
 
 @pytest.mark.parametrize("flag", [["--smoke", "true"], ["--smoke=true"], []], ids=["word", "equals", "recipe"])
@@ -234,7 +234,7 @@ def test_smoke_however_it_is_asked_for(tmp_path, flag):
     text = f"base: {ALL['wizardlm/llama-3.1-8b']}\nsparselora: {{start_step: 9}}\n" + ("" if flag else "smoke: true\n")
     recipe = parse(["--config", str(write(tmp_path, recipe=text) / "recipe.yaml"), *flag])
     assert (recipe.data.smoke, recipe.training.max_steps, recipe.model.model_name_or_path) == (True, 4, None)
-    assert recipe.sparse.start_step == 2
+    assert recipe.sparse["start_step"] == 2
 
 
 def test_smoke_that_is_switched_off():

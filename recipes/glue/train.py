@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from sparselora_hf import SparseLoraCallback, SparseLoraConfig
+from sparselora_hf import SparseLoraCallback
 from sparselora_hf.cli.recipe import parse_groups
+from sparselora_hf.cli.settings import configured
 from sparselora_hf.cli.sft import resumed
-from sparselora_hf.cli.smoke import make_model, sparse_in_small
+from sparselora_hf.cli.smoke import make_model
 from sparselora_hf.evaluation.interval import wilson
 
 
@@ -119,7 +120,7 @@ def encode(batch: dict[str, list], tokenizer: Any, columns: tuple[str, ...], max
     return tokenizer(*(batch[column] for column in columns), truncation=True, max_length=max_length)
 
 
-def make_trainer(args: GlueArguments, training: Any, model_args: Any, sparse: SparseLoraConfig | None) -> tuple:
+def make_trainer(args: GlueArguments, training: Any, model_args: Any, settings: dict[str, Any]) -> tuple:
     """Trainer and the sparsity in force, None when dense."""
     from peft import get_peft_model
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, Trainer, set_seed
@@ -128,7 +129,6 @@ def make_trainer(args: GlueArguments, training: Any, model_args: Any, sparse: Sp
     task, name = TASKS[args.task_name], model_args.model_name_or_path
     if args.smoke and name is None:
         name = str(make_model(Path(training.output_dir) / "base", args.smoke_shape, ["Line 1 of sentence."]))
-        sparse = sparse_in_small(sparse, args.smoke_shape)
     if training.num_train_epochs != type(training).num_train_epochs:
         raise ValueError("num_train_epochs: here the task decides. Say epochs instead.")
     training.num_train_epochs = args.epochs or task.epochs
@@ -160,7 +160,7 @@ def make_trainer(args: GlueArguments, training: Any, model_args: Any, sparse: Sp
         for split in ("train", task.validation)
     )
     text = model.config.get_text_config()
-    sparse = None if args.dense else sparse or SparseLoraConfig.default(text.num_hidden_layers, text.hidden_size)
+    sparse = None if args.dense else configured(settings, text.num_hidden_layers, text.hidden_size)
 
     def metrics(told: Any) -> dict[str, float]:
         predicted = told.predictions.squeeze(1) if task.classes == 1 else told.predictions.argmax(1)
@@ -198,8 +198,8 @@ def main(argv: Sequence[str]) -> int:
     from transformers import TrainingArguments
     from trl import ModelConfig
 
-    args, training, model_args, sparse = parse_groups(argv, (GlueArguments, TrainingArguments, ModelConfig), "glue")
-    trainer, sparse = make_trainer(args, training, model_args, sparse)
+    args, training, model_args, settings = parse_groups(argv, (GlueArguments, TrainingArguments, ModelConfig), "glue")
+    trainer, sparse = make_trainer(args, training, model_args, settings)
     trainer.train(resume_from_checkpoint=resumed(training.resume_from_checkpoint))
     trainer.save_model(training.output_dir)
     if sparse is not None and trainer.is_world_process_zero():

@@ -22,7 +22,7 @@ from ..cost import (
     weight_bytes,
 )
 from ..shapes import MODEL_SHAPES
-from .settings import add_sparse_arguments, positive, sparse_config, to_arguments
+from .settings import add_sparse_arguments, configured, positive, sparse_settings, to_arguments
 
 __all__ = ["Estimate", "estimate", "main", "model_shape", "run_bound"]
 
@@ -219,11 +219,11 @@ def _config(arguments: argparse.Namespace, shape: ModelShape) -> SparseLoraConfi
     if arguments.sparse_config is not None:
         stored = to_arguments(read_settings(arguments.sparse_config))
     given = {name: value for name, value in vars(arguments).items() if value is not None}
-    return sparse_config({**stored, **given}) or SparseLoraConfig.default(shape.layers, shape.hidden)
+    return configured(sparse_settings({**stored, **given}), shape.layers, shape.hidden)
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the estimate; without settings, for those that `SparseLoraTrainer` picks by itself.
+    """Print the estimate; without a schedule, for that which `SparseLoraTrainer` picks by itself.
 
     Raises:
         OSError, ValueError: no such model or file, or a setting out of range.

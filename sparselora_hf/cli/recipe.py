@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..config import SparseLoraConfig
-from .settings import SCHEDULE, sparse_arguments, sparse_config, to_arguments
+from .settings import sparse_arguments, sparse_settings, to_arguments
 
 __all__ = ["DATA_FILE", "SMOKE", "DataArguments", "Recipe", "parse", "parse_groups", "read_recipe"]
 
@@ -93,14 +92,14 @@ class DataArguments:
 
 
 class Recipe(NamedTuple):
-    """All that a run is told: TRL's argument objects, the data options and the sparsity."""
+    """All that a run is told: TRL's argument objects, the data options and the settings of sparsity."""
 
     script: Any
     training: Any
     model: Any
     mixture: Any
     data: DataArguments
-    sparse: SparseLoraConfig | None
+    sparse: dict[str, Any]
 
 
 def read_recipe(path: str | Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -213,7 +212,7 @@ def parse_groups(argv: Sequence[str], groups: Sequence[type], prog: str) -> list
         *arguments, sparse = parser.parse_args_into_dataclasses(args=flags)
     except TypeError as error:  # a flag is text and is converted, a recipe's value is what YAML made of it
         raise ValueError(f"A value of the recipe has another type than its setting: {error}") from error
-    return [*arguments, sparse_config(vars(sparse))]
+    return [*arguments, sparse_settings(vars(sparse))]
 
 
 def _asks_for_smoke(flags: Sequence[str], values: dict[str, Any]) -> bool:
@@ -230,8 +229,7 @@ def _in_small(values: dict[str, Any], known: set[str]) -> dict[str, Any]:
     to_arguments(section)  # what is wrong with it is said here as without --smoke
     folder = f"{values.get('output_dir', 'runs/recipe')}-smoke"
     small = {name: value for name, value in SMOKE.items() if name in known}
-    sparsity = _SMOKE_SPARSITY if any(name in section for name in SCHEDULE) else {}  # the default comes with its model
-    return {**values, **small, "output_dir": folder, "sparselora": {**section, **sparsity}}
+    return {**values, **small, "output_dir": folder, "sparselora": {**section, **_SMOKE_SPARSITY}}
 
 
 def parse(argv: Sequence[str]) -> Recipe:

@@ -2,6 +2,7 @@
 
 Every field is a flag of its own name; one whose name the Trainer's arguments already use gets the prefix `sparse_`
 (`seed` is the Trainer's, `sparse_seed` the estimator's). Values are read as YAML: `--mlp_sparsity '{3-30: 0.99}'`.
+Without a schedule (`SCHEDULE`) they change the model's default, so a configuration takes the model's shape.
 """
 
 import argparse
@@ -18,9 +19,10 @@ __all__ = [
     "SCHEDULE",
     "add_sparse_arguments",
     "argument_name",
+    "configured",
     "positive",
     "sparse_arguments",
-    "sparse_config",
+    "sparse_settings",
     "to_arguments",
 ]
 
@@ -95,30 +97,35 @@ def _parsed(name: str, value: Any) -> Any:
         raise ValueError(f"{name}: {value!r} cannot be read as YAML: {error}") from error
 
 
-def sparse_config(values: Mapping[str, Any]) -> SparseLoraConfig | None:
-    """The configuration that flags and recipe ask for, None where they ask for none.
+def sparse_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that flags and recipe give, under their field names; `configured` makes a configuration of them.
 
     Args:
         values: flag name to value; None stands for "not given", strings are read as YAML.
 
     Raises:
-        ValueError: a value that `SparseLoraConfig` refuses or that is no YAML, or settings without one of `SCHEDULE`,
-            under which nothing would be sparse.
+        ValueError: a value that `SparseLoraConfig` refuses or that is no YAML.
     """
     given = {}
     for name in _FIELDS:
         value = values.get(argument_name(name))
         if value is not None:
             given[name] = _parsed(name, value)
-    if not given:
-        return None
-    if not any(name in given for name in SCHEDULE):
-        raise ValueError(
-            f"{', '.join(map(argument_name, given))}: settings without {', '.join(SCHEDULE[:-1])} or {SCHEDULE[-1]} "
-            "make nothing sparse. Name one of them (mlp_sparsity 0 for exact savings alone), or leave all settings "
-            "out for the model's default."
-        )
     try:
-        return SparseLoraConfig.from_dict(given)
+        SparseLoraConfig.from_dict(given)
     except TypeError as error:
         raise ValueError(str(error)) from error
+    return given
+
+
+def configured(given: Mapping[str, Any], layers: int, hidden: int) -> SparseLoraConfig:
+    """The configuration of a model: settings that name no schedule change the model's default.
+
+    Args:
+        given: what `sparse_settings` returns.
+        layers: decoder layers of the model.
+        hidden: width of its residual stream.
+    """
+    if any(name in given for name in SCHEDULE):
+        return SparseLoraConfig.from_dict(given)
+    return SparseLoraConfig.default(layers, hidden).replace(**given)

@@ -1,8 +1,9 @@
 """`sparselora sft`: TRL's supervised fine-tuning with SparseLoRA, from a YAML recipe, flags, or both.
 
 All of TRL's flags and recipe keys keep their names and meaning. New are SparseLoRA's settings (see `settings.py`, also
-as a section `sparselora:` of the recipe) and those of `DataArguments`. Flags win over the recipe; an unknown key or
-flag is an error. LoRA is on unless `use_peft: false` says otherwise, which only `--dense` accepts.
+as a section `sparselora:` of the recipe) and those of `DataArguments`. Flags win over the recipe, and settings without
+a schedule change the model's default; an unknown key or flag is an error. LoRA is on unless `use_peft: false` says
+otherwise, which only `--dense` accepts.
 """
 
 import time
@@ -13,6 +14,7 @@ from typing import Any
 from transformers.utils import logging
 
 from .recipe import DATA_FILE, DataArguments, Recipe, parse
+from .settings import configured
 
 __all__ = ["DataArguments", "Recipe", "main", "make_trainer", "parse", "resumed", "trainer_keywords"]
 
@@ -133,12 +135,23 @@ def make_trainer(recipe: Recipe, keywords: dict[str, Any]) -> Any:
     else:
         from ..trainer import SparseLoraTrainer
 
-        trainer = SparseLoraTrainer(**keywords, sparse_config=recipe.sparse)
+        trainer = SparseLoraTrainer(**keywords, sparse_config=_sparsity(recipe))
     if recipe.training.fp16:
         _widen_adapters(trainer.model)
     if not recipe.training.packing:
         _count_dropped(len(keywords["train_dataset"]), len(trainer.train_dataset))
     return trainer
+
+
+def _sparsity(recipe: Recipe) -> Any:
+    """The configuration that a recipe asks for; None leaves it to the trainer, and to a checkpoint of the run."""
+    if not recipe.sparse:
+        return None
+    from transformers import AutoConfig
+
+    source = recipe.training.model_init_kwargs  # may change the shape
+    shape = AutoConfig.from_pretrained(recipe.model.model_name_or_path, **source).get_text_config()
+    return configured(recipe.sparse, shape.num_hidden_layers, shape.hidden_size)
 
 
 def _count_dropped(before: int, after: int) -> None:
@@ -250,7 +263,7 @@ def prepare(argv: Sequence[str]) -> Recipe:
     if recipe.data.smoke:
         from .smoke import furnish
 
-        recipe = furnish(recipe)
+        furnish(recipe)
     return recipe
 
 

@@ -9,11 +9,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from ..config import SparseLoraConfig
 from ..shapes import MODEL_SHAPES
 from .recipe import Recipe
 
-__all__ = ["furnish", "make_model", "sparse_in_small"]
+__all__ = ["furnish", "make_model"]
 
 _ROWS = 24
 _WIDTHS = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "max_position_embeddings": 8192}
@@ -113,14 +112,6 @@ def make_model(folder: Path, shape: str | None, texts: list[str]) -> Path:
     return folder
 
 
-def sparse_in_small(given: SparseLoraConfig | None, shape: str) -> SparseLoraConfig:
-    """The recipe's schedule, or for one that leaves it to the default, the default made to run on narrow layers."""
-    if given is not None and given.is_sparse:
-        return given
-    default = SparseLoraConfig.default(MODEL_SHAPES[shape]["num_hidden_layers"], _WIDTHS["hidden_size"])
-    return default.replace(dense_if_slower=False, start_step=2)
-
-
 def _write_questions(folder: Path) -> Path:
     from ..evaluation.tasks import TASKS
 
@@ -130,18 +121,15 @@ def _write_questions(folder: Path) -> Path:
     return folder
 
 
-def furnish(recipe: Recipe) -> Recipe:
-    """Give a recipe in small what no flag has named: model, rows, questions, a schedule."""
+def furnish(recipe: Recipe) -> None:
+    """Give a recipe in small what no flag has named: model, rows, questions."""
     folder, data = Path(recipe.training.output_dir), recipe.data
     folder.mkdir(parents=True, exist_ok=True)
     if not recipe.script.dataset_name and not recipe.mixture.datasets:
         path = folder / "rows.jsonl"
         path.write_text("".join(f"{json.dumps(row)}\n" for row in _rows(data.prompt_format)), encoding="utf-8")
         recipe.script.dataset_name = str(path)
-    sparse = recipe.sparse
     if recipe.model.model_name_or_path is None:
         texts = [json.dumps(row) for row in _rows(data.prompt_format)]
         recipe.model.model_name_or_path = str(make_model(folder / "base", data.smoke_shape, texts))
-        sparse = sparse_in_small(sparse, data.smoke_shape)
     data.eval_data = data.eval_data or str(_write_questions(folder / "questions"))
-    return recipe._replace(sparse=sparse)
