@@ -21,8 +21,7 @@ from .distributed import rank_and_world
 from .families import ModelFamily, find_family
 from .handle import Decision, SparseLoraHandle
 from .kernels.runtime import blocker
-from .meter import Meter
-from .meter import Part as Metered
+from .meter import Meter, MeteredPart
 from .modules.adapter import lean_adapters
 from .modules.attention import AttentionHook
 from .modules.branch import SlicedInput, SlicedOutput
@@ -259,7 +258,7 @@ def _patch_part(handle: SparseLoraHandle, layer: Layer, part: Part | None, decis
     if part is None and layer.mlp is not None:
         return  # counted as the MLP beside the experts
     weights = 0 if part is None or part.modules else _frozen_weights(part.module)
-    figures = Metered(decision.width, decision.keep, worth, weights)
+    figures = MeteredPart(decision.width, decision.keep, worth, weights)
     (meter.attention if part and not part.is_mlp else meter.mlp).append(figures)
 
 

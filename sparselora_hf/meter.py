@@ -7,13 +7,13 @@ from .cost import BatchShape, LoraShape, ModelShape, layer_cost, step_cost
 from .plan import TokenPlan
 from .worth import Worth
 
-__all__ = ["Meter", "Part"]
+__all__ = ["Meter", "MeteredPart"]
 
 _KINDS = ("context", "output", "padding", "loss")
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class MeteredPart:
     """MLP or attention of one layer: its width, the channels it keeps and when that pays (None: always).
 
     A part that is never sparse keeps its width. What is no attention with projections has none, and its frozen
@@ -48,8 +48,8 @@ class Meter:
     def __init__(self, model: ModelShape, rank: int = 0) -> None:
         self.model = model
         self.rank = rank
-        self.mlp: list[Part] = []
-        self.attention: list[Part] = []
+        self.mlp: list[MeteredPart] = []
+        self.attention: list[MeteredPart] = []
         self._prices: dict[tuple[tuple[bool, ...], frozenset[str], frozenset[str]], list[float]] = {}
         self.reset()
 
@@ -131,7 +131,7 @@ class Meter:
                 total += getattr(cost, group).total
         return total
 
-    def _shape_of(self, mlp: Part) -> ModelShape:
+    def _shape_of(self, mlp: MeteredPart) -> ModelShape:
         """Shape of a layer: of a mixture of experts, unless this is a layer of the mixture that has none."""
         among_experts = mlp.width in (0, self.model.sparse_mlp)
         if among_experts:

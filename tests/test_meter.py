@@ -4,7 +4,7 @@ import pytest
 from helpers import make_batch
 
 from sparselora_hf.config import EXACT_SAVINGS
-from sparselora_hf.meter import Meter, Part
+from sparselora_hf.meter import Meter, MeteredPart
 from sparselora_hf.plan import TokenPlan
 from sparselora_hf.shapes import ModelShape
 from sparselora_hf.worth import Worth
@@ -22,7 +22,10 @@ def plan():
 def meter_of(mlp=(10, 10, 96), attention=(32, 8, 32), worth=None, rank=0):
     """A meter for three layers that keep so many of 96 and 32 channels."""
     meter = Meter(SHAPE, rank)
-    meter.mlp, meter.attention = [Part(96, k, worth) for k in mlp], [Part(32, k, worth) for k in attention]
+    meter.mlp, meter.attention = (
+        [MeteredPart(96, k, worth) for k in mlp],
+        [MeteredPart(32, k, worth) for k in attention],
+    )
     return meter
 
 
@@ -46,7 +49,7 @@ def test_attention_without_projections_costs_its_weights(plan):
     """As many as q, k, v and o have cost as much; nothing of it is saved."""
     weights = 2 * 64 * (64 + 32)
     saved = {}
-    for kind, part in (("projections", Part(32, 32)), ("weights", Part(0, 0, weights=weights))):
+    for kind, part in (("projections", MeteredPart(32, 32)), ("weights", MeteredPart(0, 0, weights=weights))):
         for savings in ((), ("padding",)):
             meter = meter_of()
             meter.attention = [part] * 3
@@ -58,7 +61,7 @@ def test_attention_without_projections_costs_its_weights(plan):
 
 def test_reading_starts_anew(plan):
     meter = Meter(SHAPE)
-    meter.mlp, meter.attention = [Part(96, 96)] * 3, [Part(32, 32)] * 3
+    meter.mlp, meter.attention = [MeteredPart(96, 96)] * 3, [MeteredPart(32, 32)] * 3
     meter.add(plan, False, frozenset())
     assert meter.read()
     assert meter.read() == {}
@@ -96,7 +99,7 @@ def test_layer_without_experts_has_its_own_width(plan):
     """Tokens pass through 16 channels of experts in two layers, and through an MLP of 96 in the one between."""
     meter = meter_of(attention=(32, 32, 32))
     meter.model = dataclasses.replace(SHAPE, intermediate=16, sparse_mlp=0)
-    meter.mlp = [Part(0, 0), Part(96, 10), Part(0, 0)]
+    meter.mlp = [MeteredPart(0, 0), MeteredPart(96, 10), MeteredPart(0, 0)]
     meter.add(plan, True, frozenset())
     rows = plan.shape[0] * plan.shape[1]
     dense = rows * 2 * (3 * 64 * (16 + 96 + 16) + 3 * (2 * 64 * 64 + 2 * 64 * 32)) + rows * 3 * 64 * 61
@@ -110,7 +113,7 @@ def test_every_token_passes_through_experts(plan):
     meter.model = dataclasses.replace(SHAPE, sparse_mlp=32)
     beside.model = dataclasses.replace(SHAPE, intermediate=32)
     for each in (meter, beside):
-        each.mlp = [Part(32, 8)] * 3
+        each.mlp = [MeteredPart(32, 8)] * 3
         each.add(plan, True, frozenset({"padding", "last_layer"}))
     assert meter.dense_flops - meter.flops == pytest.approx(beside.dense_flops - beside.flops)
     assert meter.dense_flops - beside.dense_flops == plan.shape[0] * plan.shape[1] * 2 * 2 * 3 * 3 * 64 * 64
