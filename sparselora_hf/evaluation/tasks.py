@@ -119,20 +119,23 @@ def _same_grid(answer: str, target: list[list[int]]) -> bool:
 
 _FLIP = {"input": [[1, 0]], "output": [[0, 1]]}
 
+_MATH = (_arithmetic("gsm8k", "gsm8k"), _arithmetic("svamp", "SVAMP"), _arithmetic("mawps", "mawps"))
+_COMMONSENSE = (
+    _choice("boolq", "boolq", "true", "false"),
+    _choice("piqa", "piqa", *_numbered("solution", 2)),
+    _choice("social_i_qa", "social_i_qa", *_numbered("answer", 5)),
+    _choice("hellaswag", "hellaswag", *_numbered("ending", 4)),
+    _choice("winogrande", "winogrande", *_numbered("option", 2)),
+    _choice("arc_easy", "ARC-Easy", *_numbered("answer", 5)),
+    _choice("arc_challenge", "ARC-Challenge", *_numbered("answer", 5)),
+    _choice("openbookqa", "openbookqa", *_numbered("answer", 5)),
+)
+
 TASKS = {
     task.name: task
     for task in (
-        _arithmetic("gsm8k", "gsm8k"),
-        _arithmetic("svamp", "SVAMP"),
-        _arithmetic("mawps", "mawps"),
-        _choice("boolq", "boolq", "true", "false"),
-        _choice("piqa", "piqa", *_numbered("solution", 2)),
-        _choice("social_i_qa", "social_i_qa", *_numbered("answer", 5)),
-        _choice("hellaswag", "hellaswag", *_numbered("ending", 4)),
-        _choice("winogrande", "winogrande", *_numbered("option", 2)),
-        _choice("arc_easy", "ARC-Easy", *_numbered("answer", 5)),
-        _choice("arc_challenge", "ARC-Challenge", *_numbered("answer", 5)),
-        _choice("openbookqa", "openbookqa", *_numbered("answer", 5)),
+        *_MATH,
+        *_COMMONSENSE,
         Task(
             "humaneval",
             "openai/openai_humaneval",
@@ -169,8 +172,7 @@ TASKS = {
 }
 
 GROUPS = {
-    "math": ("gsm8k", "svamp", "mawps"),
-    "commonsense": tuple(name for name, task in TASKS.items() if task.new_tokens == 32),
+    group: tuple(task.name for task in tasks) for group, tasks in (("math", _MATH), ("commonsense", _COMMONSENSE))
 }
 
 _ALIASES = {
