@@ -58,7 +58,7 @@ class ForwardHook:
         if not module.training or not torch.is_grad_enabled():
             self._warn_in_evaluation_mode(module, kwargs)
             self.state.end()
-        elif not self.state.pinned or not self._is_pinned(kwargs):
+        elif not self._takes_up_pinned(kwargs):
             self._begin(module, kwargs)
 
     @torch.compiler.disable
@@ -68,7 +68,7 @@ class ForwardHook:
         self.state.set_aside.append(self.state.batch)
         kwargs = _named(module, args, kwargs)
         learns = module.training and torch.is_grad_enabled()
-        if is_inside or (learns and self.state.pinned and self._is_pinned(kwargs)):
+        if is_inside or (learns and self._takes_up_pinned(kwargs)):
             self._leave_reshaped(kwargs)
             return
         self.state.end()
@@ -100,15 +100,15 @@ class ForwardHook:
                 "steps. To train it call model.train() first, to evaluate it use torch.no_grad()."
             )
 
-    def _is_pinned(self, inputs: dict) -> bool:
-        """Whether these inputs are those of the batch that the trainer began, which then is in hand again."""
+    def _takes_up_pinned(self, inputs: dict) -> bool:
+        """Put the trainer's batch in hand again if these inputs are its own, and say whether they are."""
         pin = self.state.pinned_to
-        if pin is None:
-            return True
-        is_own = pin.fits(inputs)
-        if is_own:
+        if not self.state.pinned or pin is None:
+            return self.state.pinned  # without a pin every forward is of that batch
+        fits = pin.fits(inputs)
+        if fits:
             self.state.batch = pin.batch
-        return is_own
+        return fits
 
     def _begin(self, module: nn.Module, kwargs: dict) -> None:
         labels, ids, pools = kwargs.get("labels"), kwargs.get("input_ids"), _pools(module)
