@@ -97,7 +97,7 @@ class SparseLoraTrainer(SFTTrainer):
                 "callbacks: SparseLoraTrainer has a SparseLoraCallback of its own. Leave yours out, and pass its "
                 "configuration as sparse_config."
             )
-        self._checked = _check_before(model, given.get("peft_config"), sparse_config, model_family)
+        self._checked_family = _check_before(model, given.get("peft_config"), sparse_config, model_family)
         trained = _trained_parameters(model)
         super().__init__(*args, **kwargs)
         try:
@@ -112,11 +112,11 @@ class SparseLoraTrainer(SFTTrainer):
             raise
 
     def _sparsify(self, config: SparseLoraConfig) -> None:
-        if self._checked is None:
+        if self._checked_family is None:
             self.sparse_handle = sparsify(self.model, config, family=self._family)
         else:
-            self.sparse_handle = attach(self.model, config, self._checked)
-        self._checked = self.sparse_handle.family
+            self.sparse_handle = attach(self.model, config, self._checked_family)
+        self._checked_family = self.sparse_handle.family
         self.sparse_callback = _TrainersCallback(self.sparse_handle)
         self.add_callback(self.sparse_callback)
         logger.info("SparseLoRA:\n" + self.sparse_handle.report())
@@ -202,9 +202,10 @@ class SparseLoraTrainer(SFTTrainer):
         plan, marks = inputs.pop(PLAN_KEY, None), inputs.pop(_MARKS_KEY, None)
         if not self.sparse_handle.is_attached:
             plan = None  # restored: an `SFTTrainer` with no more to it
-        elif plan is None or not (marks is None or _are_as_marked(inputs, marks)):  # a subclass may change a batch
-            plan = _plan_of(inputs, self.sparse_config.token_rule)
-        if plan is None or not self._has_own("_prepare_inputs"):  # or be about to: then each forward makes its plan
+        elif plan is None or not (marks is None or _are_as_marked(inputs, marks)):  # a subclass has changed the batch
+            plan = TokenPlan.of_inputs(inputs, self.sparse_config.token_rule) if "labels" in inputs else None
+        # a subclass's `_prepare_inputs` may still change the batch: then each forward makes a plan of its own
+        if plan is None or not self._has_own("_prepare_inputs"):
             try:
                 return super().training_step(model, inputs, *args, **kwargs)
             finally:
@@ -212,7 +213,7 @@ class SparseLoraTrainer(SFTTrainer):
         loss_only = self._uses_loss_positions_only()
         batch = state.begin(plan, self.sparse_handle.device, loss_only=loss_only, routers=self.aux_loss_enabled)
         state.pinned = True
-        if not loss_only and "input_ids" in inputs:  # a loss of one's own may run the model on others, too
+        if not loss_only and "input_ids" in inputs:  # a user's loss may run the model on other tokens, too
             state.pinned_to = Pin(batch, inputs)
         try:
             return super().training_step(model, inputs, *args, **kwargs)
@@ -299,10 +300,6 @@ def _unwrap(model: object, wrapped: nn.Module, trained: list[nn.Parameter]) -> N
     model.__dict__.pop("forward", None)
     for parameter in trained:
         parameter.requires_grad_(True)
-
-
-def _plan_of(inputs: dict[str, Any], token_rule: str) -> TokenPlan | None:
-    return TokenPlan.of_inputs(inputs, token_rule) if "labels" in inputs else None
 
 
 _Marks = list[tuple[Any, int]]
