@@ -3,6 +3,7 @@
 import dataclasses
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -67,7 +68,7 @@ class SparseLoraHandle:
         self._max_steps = 0
         self._has_waited = False
         self._patched: list[nn.Module] = []
-        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._hooks: list[Any] = []  # hooks and whatever else `remove` undoes, in the order in which it was done
 
     @property
     def config(self) -> SparseLoraConfig:

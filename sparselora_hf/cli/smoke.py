@@ -43,7 +43,7 @@ def _puzzles() -> Iterable[dict[str, Any]]:
     return training_rows(TASKS["arc_agi"].example, copies=_ROWS // 2)
 
 
-_MADE: dict[str | None, Callable[[int], dict[str, str]]] = {
+_MADE: dict[str, Callable[[int], dict[str, str]]] = {
     "alpaca": _sum,
     "code_feedback": _code,
     "evol_instruct": _sum,

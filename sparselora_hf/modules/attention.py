@@ -33,7 +33,7 @@ class AttentionHook:
         kinds: sets to choose, ``qk`` and ``vo``, or ``vo`` alone.
     """
 
-    def __init__(self, link: LayerLink, kinds: tuple[str, ...] = ("qk", "vo")) -> None:
+    def __init__(self, link: LayerLink, kinds: tuple[str, ...]) -> None:
         self.link = link
         self.kinds = kinds
 

@@ -86,7 +86,7 @@ class Patches:
     def __init__(self) -> None:
         self.modules: list[nn.Module] = []
 
-    def add(self, module: nn.Module, mixin: type, link: object = None) -> None:
+    def add(self, module: nn.Module, mixin: type, link: object) -> None:
         """Patch one more."""
         patch(module, mixin, link)
         self.modules.append(module)

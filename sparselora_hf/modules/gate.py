@@ -127,10 +127,10 @@ def _with_given(mlp: nn.Module, family: ModelFamily, given: dict[str, _Given]) -
     """An MLP in training mode, with other modules in the place of its projections."""
     names = {role: getattr(family, role) for role in given}
     own = {name: getattr(mlp, name) for name in names.values()}
+    modes = [(module, module.training) for module in mlp.modules()]
     try:
         for role, name in names.items():
             setattr(mlp, name, given[role])
-        modes = [(module, module.training) for module in mlp.modules()]
         mlp.train()
         yield
     finally:
