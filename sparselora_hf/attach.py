@@ -15,6 +15,7 @@ from transformers.utils import logging
 from .calibration import Calibration
 from .config import SparseLoraConfig, check_settings
 from .cost import ModelShape
+from .counting import count_layers
 from .criteria import CRITERIA
 from .decoder import Layer, causal_model, decoder_layers, language_decoder
 from .distributed import rank_and_world
@@ -176,7 +177,8 @@ def attach(
     factors = _factors(plans, config, family, progress) if CRITERIA[config.criterion].needs_factors else {}
     calibration = Calibration(config)
     criterion = CRITERIA[config.criterion](factors, calibration, config)
-    meter = Meter(ModelShape.from_config(causal_model(model).config, family), stand_in_rank(config))
+    shape = count_layers(ModelShape.from_config(causal_model(model).config, family), model, family)
+    meter = Meter(shape, stand_in_rank(config))
     handle = SparseLoraHandle(model, SparseState(config, criterion, calibration, meter), family)
     try:
         handle._hooks += [TrainingLayout(model), QuickWalks(model)]
@@ -209,7 +211,7 @@ def _plan(
         mlp = mlp_part(layer, family, config)
         yield mlp, decide(mlp, config)
     if layer.experts:
-        yield None, Decision(f"{layer.name}.{family.mlp}.{family.experts}", "dense", 0, 0, _EXPERTS)
+        yield None, Decision(f"{layer.name}.{layer.experts}", "dense", 0, 0, _EXPERTS)
 
 
 def _entrances(model: nn.Module) -> list[nn.Module]:
@@ -257,15 +259,8 @@ def _patch_part(handle: SparseLoraHandle, layer: Layer, part: Part | None, decis
     meter, worth = handle.state.meter, part.worth if part and handle.config.dense_if_slower else None
     if part is None and layer.mlp is not None:
         return  # counted as the MLP beside the experts
-    weights = 0 if part is None or part.modules else _frozen_weights(part.module)
-    figures = MeteredPart(decision.width, decision.keep, worth, weights)
+    figures = MeteredPart(decision.width, decision.keep, worth)
     (meter.attention if part and not part.is_mlp else meter.mlp).append(figures)
-
-
-def _frozen_weights(module: nn.Module) -> int:
-    """Weights of the frozen linears in a module."""
-    linears = (part for part in module.modules() if isinstance(part, nn.Linear) and not part.weight.requires_grad)
-    return sum(linear.in_features * linear.out_features for linear in linears)
 
 
 def _give_classes(handle: SparseLoraHandle, layer: Layer, part: Part, decision: Decision, last: bool) -> None:

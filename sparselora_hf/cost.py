@@ -10,7 +10,6 @@ Needs no torch.
 """
 
 import dataclasses
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -169,14 +168,20 @@ class _Layer:
             products += [_Product(dense, *whole[name], gradient), _Product(sparse, *kept[name], gradient)]
         return products
 
+    def projections(self) -> list[_Product]:
+        """Products of q, k, v and o; every token passes through what is in their place."""
+        if self.model.linears:
+            return [_Product(self.batch.tokens, inp, out) for inp, out in self.model.linears]
+        return self.frozen((*_INPUT_SIDE, "o_proj"))
+
     def adapters(self) -> list[_Product]:
         """Products of the LoRA branches: all rows and channels beside attention, those computed beside the MLP."""
-        whole, kept = self.widths()
+        _, kept = self.widths()
         products = []
-        for name in self.lora.targets:
+        for name, widths in self.model.adapted(self.lora.targets):
             in_mlp = name in MLP_PROJECTIONS
             dense, sparse = self.rows(name) if in_mlp else (self.batch.tokens, 0)
-            for rows, (inp, out) in ((dense, whole[name]), (sparse, kept[name])):
+            for rows, (inp, out) in ((dense, widths), (sparse, kept.get(name, widths))):
                 products.append(_Product(rows, inp, self.lora.rank, 1 + self.input_gradient(name)))
                 products.append(_Product(rows, self.lora.rank, out, 2))
         return products
@@ -225,11 +230,13 @@ class _Layer:
     def core(self) -> Work:
         """QKᵀ and AV over the causal half; backward has two products for each, and fused kernels form QKᵀ again.
 
-        With the mask that padded rows come with, PyTorch's kernels compute the whole square.
+        With the mask that padded rows come with, PyTorch's kernels compute the whole square. What has no QKᵀ counts
+        nothing here.
         """
         masked = self.batch.padding and "padding" not in self.exact
         seen = self.batch.sequence if masked else (self.batch.sequence + 1) / 2  # by a token, on average
-        product = 2.0 * self.batch.batch * self.batch.sequence * seen * self.model.query_width
+        width = self.model.query_width if self.model.core is None else self.model.core
+        product = 2.0 * self.batch.batch * self.batch.sequence * seen * width
         return Work(2.0 * product, 5.0 * product)
 
 
@@ -252,12 +259,12 @@ def layer_cost(
     compensation_rank: int = 0,
 ) -> StepCost:
     """Cost of one decoder layer; the arguments are those of `step_cost`, for a single layer."""
-    last = layer == model.layers - 1
+    model, last = model.at(layer), layer == model.layers - 1
     part = _Layer(model, batch, lora, mlp_keep, attention_keep, tuple(exact), layer == 0, last)
     inner = part.frozen(name for name in model.mlp_names if name != "down_proj")
     products = {
         "mlp": inner + part.stand_in(compensation_rank),
-        "projections": part.frozen((*_INPUT_SIDE, "o_proj")) + part.factors(compensation_rank),
+        "projections": part.projections() + part.factors(compensation_rank),
         "lora": part.adapters(),
     }
     closing = part.closing(compensation_rank)
@@ -318,19 +325,11 @@ def step_cost(
     shared = {"exact": exact, "checkpointing": checkpointing, "compensation_rank": compensation_rank}
     shared |= {"rank": rank, "score_tokens": score_tokens}
     cost = StepCost()
-    for (layer, mlp, attention), times in _kinds(model, zip(*keeps, strict=True)).items():
-        cost += layer_cost(model, batch, lora, layer, mlp_keep=mlp, attention_keep=attention, **shared) * times
+    for layer, (mlp, attention) in enumerate(zip(*keeps, strict=True)):
+        cost += layer_cost(model, batch, lora, layer, mlp_keep=mlp, attention_keep=attention, **shared)
     rows = batch.loss if head == "labels" or "logits" in exact else batch.tokens
     logits = _Product(rows, model.hidden, model.vocab, 2)
     return cost + StepCost(head=logits.work, bytes=logits.bytes(False))
-
-
-def _kinds(
-    model: ModelShape, keeps: Iterable[tuple[int | None, int | None]]
-) -> Counter[tuple[int, int | None, int | None]]:
-    """How often each kind of layer occurs; a kind is a layer that stands for it, its MLP and its attention keep."""
-    last = model.layers - 1
-    return Counter((layer if layer in (0, last) else 1, *keep) for layer, keep in enumerate(keeps))
 
 
 def _per_layer(field: str, keep: Sequence[int | None] | None, model: ModelShape) -> Sequence[int | None]:
@@ -343,14 +342,16 @@ def _per_layer(field: str, keep: Sequence[int | None] | None, model: ModelShape)
 
 def keep_lists(config: SparseLoraConfig, model: ModelShape) -> tuple[list[int | None], list[int | None]]:
     """MLP channels and key/value channels that a configuration keeps per layer, None where a layer is dense."""
-    mlp, attention = config.layer_sparsity(model.layers)
-    attention = [0.0 if layer in model.mixers else sparsity for layer, sparsity in enumerate(attention)]
-    dense = model.intermediate - model.droppable  # channels of experts
+    layers = [model.at(layer) for layer in range(model.layers)]
+    mlp, attention = (zip(layers, sparsities, strict=True) for sparsities in config.layer_sparsity(model.layers))
 
-    def kept(width: int, sparsities: list[float], beside: int = 0) -> list[int | None]:
-        return [beside + kept_channels(width, sparsity) if sparsity and width else None for sparsity in sparsities]
+    def kept(width: int, sparsity: float, beside: int = 0) -> int | None:
+        return beside + kept_channels(width, sparsity) if sparsity and width else None
 
-    return kept(model.droppable, mlp, dense), kept(model.kv_width * model.sparse_attention, attention)
+    return (
+        [kept(layer.droppable, sparsity, layer.intermediate - layer.droppable) for layer, sparsity in mlp],
+        [kept(0 if layer.linears else layer.kv_width, sparsity) for layer, sparsity in attention],
+    )
 
 
 def bound(dense: StepCost, sparse: StepCost) -> float:
@@ -397,15 +398,16 @@ def activation_bytes(
         checkpointing: whether activations are recomputed.
         element: bytes of an activation.
     """
-    attention = 2 * (model.query_width + model.kv_width) + lora.rank * len(lora.targets)
-    fixed = batch.tokens * (3 * model.hidden + attention)
-    lean = model.droppable if "activations" in exact and model.mlp_matrices == 3 else 0
     layers = []
     for layer, keep in enumerate(_per_layer("mlp_keep", mlp_keep, model)):
-        part = _Layer(model, batch, lora, keep, None, tuple(exact), layer == 0, layer == model.layers - 1)
+        shape = model.at(layer)
+        part = _Layer(shape, batch, lora, keep, None, tuple(exact), layer == 0, layer == model.layers - 1)
         dense, sparse = part.rows("down_proj")
-        mlp = model.mlp_matrices * (dense * model.intermediate + sparse * (keep or 0)) - dense * lean
-        layers.append(fixed + mlp)
+        lean = shape.droppable if "activations" in exact and shape.mlp_matrices == 3 else 0
+        mlp = shape.mlp_matrices * (dense * shape.intermediate + sparse * (keep or 0)) - dense * lean
+        attention = sum(out for _, out in shape.linears) or 2 * (shape.query_width + shape.kv_width)
+        attention += lora.rank * len(shape.adapted(lora.targets))
+        layers.append(batch.tokens * (3 * shape.hidden + attention) + mlp)
     if checkpointing:
         stays = model.hidden + (model.query_width if "recomputation" in exact else 0)
         return element * (model.layers * batch.tokens * stays + max(layers))

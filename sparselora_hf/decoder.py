@@ -37,7 +37,7 @@ class Layer:
         attends: whether that is an attention with projections.
         mlp: its MLP; in a mixture of experts the MLP that every token passes through, None where there is none.
         mlp_name: name of the MLP in the layer.
-        experts: whether the layer is a mixture of experts.
+        experts: name of the experts in the layer, empty where it is no mixture.
         mlp_sparsity: sparsity asked for the MLP.
         attention_sparsity: sparsity asked for the attention.
     """
@@ -49,7 +49,7 @@ class Layer:
     attends: bool
     mlp: nn.Module | None
     mlp_name: str
-    experts: bool
+    experts: str
     mlp_sparsity: float
     attention_sparsity: float
 
@@ -78,14 +78,16 @@ def _attention_of(layer: nn.Module, family: ModelFamily) -> tuple[nn.Module, boo
     return part_of(layer, family, "attention"), family.has_projections
 
 
-def _mlp_of(layer: nn.Module, family: ModelFamily) -> tuple[nn.Module | None, str, bool]:
-    """The MLP of a layer, its name, and whether the layer is a mixture of experts."""
+def _mlp_of(layer: nn.Module, family: ModelFamily) -> tuple[nn.Module | None, str, str]:
+    """The MLP of a layer, its name, and the name of the layer's experts."""
     mlp = part_of(layer, family, "mlp")
     own = getattr(mlp, "original_module", mlp)  # inside what PEFT's `modules_to_save` trains as a whole
     children = dict(own.named_children())
     if family.experts not in children:
-        return mlp, family.mlp, False
-    return children.get(family.shared_mlp) if own is mlp else None, f"{family.mlp}.{family.shared_mlp}", True
+        beside = dict(layer.named_children()).get(family.experts_beside)
+        return mlp, family.mlp, "" if beside is None else family.experts_beside
+    shared = children.get(family.shared_mlp) if own is mlp else None
+    return shared, f"{family.mlp}.{family.shared_mlp}", f"{family.mlp}.{family.experts}"
 
 
 def projections(layer: Layer, family: ModelFamily) -> dict[str, nn.Module]:

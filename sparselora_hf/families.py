@@ -34,6 +34,7 @@ class ModelFamily:
         dropout: attribute of the MLP that gives the dropout of its output; empty where it has none.
         experts: child of the MLP module of those layers that are mixtures of experts, which stay dense.
         shared_mlp: MLP inside a mixture of experts that every token passes through.
+        experts_beside: child of those layers that have experts beside the MLP module; they stay dense.
     """
 
     name: str
@@ -59,6 +60,7 @@ class ModelFamily:
     dropout: str = ""
     experts: str = ""
     shared_mlp: str = ""
+    experts_beside: str = ""
 
     @property
     def has_projections(self) -> bool:
@@ -105,8 +107,8 @@ _ROWS = (
     # queries, keys and values are normalised; some layers have no values of their own, some borrow keys and values
     # a gate of Gemma 3n that keeps its own largest values alone is no plain activation: the check at attach finds it
     ModelFamily("gemma3n_text", "Gemma 3n, text alone", q=""),
-    ModelFamily("gemma4_text", "Gemma 4, with images too", q=""),
-    ModelFamily("gemma4_unified_text", "Gemma 4 Unified", q=""),
+    ModelFamily("gemma4_text", "Gemma 4, with images too", q="", experts_beside="experts"),
+    ModelFamily("gemma4_unified_text", "Gemma 4 Unified", q="", experts_beside="experts"),
     ModelFamily("glm", "GLM-4-9B", **_PHI3_MLP),
     ModelFamily("glm4", "GLM-4-0414", **_PHI3_MLP),
     ModelFamily("glm4_moe", "GLM-4.5, GLM-4.6", qk_norm="use_qk_norm", **_EXPERTS),
@@ -132,6 +134,7 @@ _ROWS = (
         gate_up="input_linear",
         down="output_linear",
         activation="activation",
+        experts_beside="block_sparse_moe",
     ),
     ModelFamily("helium", "Helium"),
     ModelFamily("hunyuan_v1_dense", "Hunyuan dense", qk_norm=True),

@@ -16,14 +16,12 @@ _KINDS = ("context", "output", "padding", "loss")
 class MeteredPart:
     """MLP or attention of one layer: its width, the channels it keeps and when that pays (None: always).
 
-    A part that is never sparse keeps its width. What is no attention with projections has none, and its frozen
-    linears hold so many `weights`.
+    A part that is never sparse keeps its width; what is no attention with projections has none.
     """
 
     width: int
     keep: int
     worth: Worth | None = None
-    weights: int = 0
 
     def pays(self, context: int, rows: int) -> bool:
         """Whether the part is sparse for a batch."""
@@ -115,28 +113,19 @@ class Meter:
         parts = zip([*self.mlp, *self.attention], pays, strict=True)
         dropped = [part.width - part.keep if paid else None for part, paid in parts]
         exact = tuple(savings - too_few)
-        head = step_cost(dataclasses.replace(self.model, layers=0), batch, LoraShape(0), exact=exact)
+        head = step_cost(dataclasses.replace(self.model, layers=0, own=()), batch, LoraShape(0), exact=exact)
         total = head.linear
-        for layer, part in enumerate(self.mlp):
-            shape, mlp, attention = self._shape_of(part), dropped[layer], dropped[len(self.mlp) + layer]
+        for layer in range(self.model.layers):
+            shape, mlp, attention = self.model.at(layer), dropped[layer], dropped[self.model.layers + layer]
             keep = {
                 "mlp_keep": mlp and shape.intermediate - mlp,
                 "attention_keep": attention and shape.kv_width - attention,
             }
-            weights = self.attention[layer].weights
-            total += 4.0 * weights * batch.tokens
-            for group, drop in (("mlp", mlp), *(() if weights else [("projections", attention)])):
+            for group, drop in (("mlp", mlp), ("projections", attention)):
                 names = exact if drop is None else (*exact, *(savings & {"padding"}))
                 cost = layer_cost(shape, batch, LoraShape(0), layer, exact=names, compensation_rank=self.rank, **keep)
                 total += getattr(cost, group).total
         return total
-
-    def _shape_of(self, mlp: MeteredPart) -> ModelShape:
-        """Shape of a layer: of a mixture of experts, unless this is a layer of the mixture that has none."""
-        among_experts = mlp.width in (0, self.model.sparse_mlp)
-        if among_experts:
-            return self.model
-        return dataclasses.replace(self.model, intermediate=mlp.width, sparse_mlp=None)
 
     def read(self) -> dict[str, float]:
         """Figures since the last reading, then start anew; empty when no batch was counted."""

@@ -4,12 +4,13 @@ Needs no torch. `MODEL_SHAPES` holds keyword arguments of transformers configura
 """
 
 import dataclasses
+from collections.abc import Iterable
 from types import MappingProxyType
 from typing import Any
 
 from .families import FAMILIES, ModelFamily
 
-__all__ = ["MLP_PROJECTIONS", "MODEL_SHAPES", "BatchShape", "LoraShape", "ModelShape"]
+__all__ = ["MLP_PROJECTIONS", "MODEL_SHAPES", "BatchShape", "LayerShape", "LoraShape", "ModelShape"]
 
 MLP_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
@@ -71,12 +72,33 @@ MODEL_SHAPES = MappingProxyType(
 
 
 @dataclasses.dataclass(frozen=True)
+class LayerShape:
+    """What a layer may have of its own.
+
+    Args:
+        intermediate: MLP channels that a token passes through.
+        sparse_mlp: how many of them may be dropped, None for all: in a mixture of experts those of the MLP that every
+            token passes through.
+        linears: inputs and outputs of the linears of what is in the place of an attention with projections, as
+            multi-head latent attention or a convolution, which drops nothing; empty where there are q, k, v and o.
+        core: width of heads over which QKᵀ and AV are computed, their mean; None is that of the queries.
+        gates: channels that `q_proj` computes beside the queries, as a gate of what attention gives.
+    """
+
+    intermediate: int
+    sparse_mlp: int | None = None
+    linears: tuple[tuple[int, int], ...] = ()
+    core: int | None = None
+    gates: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelShape:
     """Widths of a decoder with grouped-query attention and a (gated) MLP; biases are not counted.
 
     Args:
         hidden: width of the residual stream.
-        intermediate: MLP channels.
+        intermediate: MLP channels, as in a `LayerShape`.
         heads: query heads.
         kv_heads: key and value heads.
         head_dim: channels of a head.
@@ -85,11 +107,13 @@ class ModelShape:
         mlp_matrices: 3 for a gated MLP (gate, up, down), 2 for a plain one (up, down).
         tied: whether the head shares the embedding's weight.
         sparse_qk: whether queries and keys may drop channels (they may not where they are normalised).
-        sparse_attention: whether attention has projections that may drop channels at all.
-        mixers: layers that have something else in the place of attention, which drops none.
-        sparse_mlp: how many MLP channels may be dropped, None for all of them: in a mixture of experts those of the
-            MLP that every token passes through.
+        sparse_mlp: as in a `LayerShape`.
+        linears: as in a `LayerShape`.
+        core: as in a `LayerShape`.
+        gates: as in a `LayerShape`.
         stored: MLP channels held in memory, where a token passes through some of them alone; 0 is `intermediate`.
+        own: what each layer has, where layers differ; empty where all are alike.
+        counted: weights of the whole model; 0 where they have not been counted.
     """
 
     hidden: int
@@ -102,17 +126,20 @@ class ModelShape:
     mlp_matrices: int = 3
     tied: bool = False
     sparse_qk: bool = True
-    sparse_attention: bool = True
-    mixers: tuple[int, ...] = ()
     sparse_mlp: int | None = None
+    linears: tuple[tuple[int, int], ...] = ()
+    core: int | None = None
+    gates: int = 0
     stored: int = 0
+    own: tuple[LayerShape, ...] = ()
+    counted: int = 0
 
     @classmethod
     def from_config(cls, config: Any, family: ModelFamily | None = None) -> "ModelShape":
         """Shape of a transformers configuration; of a vision-language model that of its language tower.
 
-        A mixture of experts counts what one token passes through, taken to be the same in every layer. Of MLPs that
-        a configuration lists layer by layer the widest counts. What is in the place of attention counts as attention.
+        A mixture of experts counts what one token passes through. All layers are taken to be alike, with q, k, v and
+        o; of MLPs that a configuration lists layer by layer the widest counts. `counting.count_layers` knows better.
 
         Args:
             config: configuration with the field names that transformers has for all decoders.
@@ -140,10 +167,9 @@ class ModelShape:
             kv_heads=values.get("num_key_value_heads") or shape["heads"],
             head_dim=values.get("head_dim") or shape["hidden"] // shape["heads"],
             mlp_matrices=3 if family.is_gated else 2,
-            tied=bool(values.get("tie_word_embeddings")),
+            tied=bool(getattr(config, "tie_word_embeddings", False)),  # the head is the whole model's
             sparse_qk=not family.normalises_queries(text_config),
-            sparse_attention=family.has_projections,
-            mixers=_mixers(values) if family.mixer else (),
+            core=_core(values, shape["heads"]),
         )._with_experts(values)
 
     def _with_experts(self, values: dict[str, Any]) -> "ModelShape":
@@ -155,6 +181,10 @@ class ModelShape:
         shared = _shared(values)
         active = values["num_experts_per_tok"] * width + shared
         return dataclasses.replace(self, intermediate=active, sparse_mlp=shared, stored=experts * width + shared)
+
+    def at(self, layer: int) -> "ModelShape":
+        """The shape of a model all of whose layers are as this one."""
+        return dataclasses.replace(self, **vars(self.own[layer]), own=()) if self.own else self
 
     @property
     def query_width(self) -> int:
@@ -186,16 +216,27 @@ class ModelShape:
         mlp = self.intermediate if mlp_keep is None else mlp_keep
         kv = self.kv_width if attention_keep is None else attention_keep
         groups, keys = self.heads // self.kv_heads, kv if self.sparse_qk else self.kv_width
-        attention = {"q_proj": (self.hidden, keys * groups), "k_proj": (self.hidden, keys)}
+        attention = {"q_proj": (self.hidden, keys * groups + self.gates), "k_proj": (self.hidden, keys)}
         attention |= {"v_proj": (self.hidden, kv), "o_proj": (kv * groups, self.hidden)}
         names = dict.fromkeys(self.mlp_names, (self.hidden, mlp)) | {"down_proj": (mlp, self.hidden)}
         return attention | names
 
+    def adapted(self, targets: Iterable[str]) -> list[tuple[str, tuple[int, int]]]:
+        """Name, inputs and outputs of the linears of a layer that adapters on `targets` are on.
+
+        Adapters on attention are on every linear of what is in its place, which has no name here.
+        """
+        widths, attention = self.widths(), [name for name in targets if name not in MLP_PROJECTIONS]
+        others = [("", linear) for linear in self.linears] if attention else []
+        return others + [(name, widths[name]) for name in targets if not (self.linears and name in attention)]
+
     @property
     def parameters(self) -> int:
         """Weights of the whole model: linears, embedding, head and norms."""
+        if self.counted:
+            return self.counted
         mlp = self.mlp_matrices * self.hidden * max(self.stored, self.intermediate)
-        linears = mlp + 2 * self.hidden * (self.query_width + self.kv_width)
+        linears = mlp + self.hidden * (2 * self.query_width + 2 * self.kv_width + self.gates)
         embeddings = self.vocab * self.hidden * (1 if self.tied else 2)
         return self.layers * (linears + 2 * self.hidden) + embeddings + self.hidden
 
@@ -213,10 +254,10 @@ def _shared(values: dict[str, Any]) -> int:
     return _first(values, _SHARED_WIDTH) or _first(values, _SHARED_EXPERTS) * width
 
 
-def _mixers(values: dict[str, Any]) -> tuple[int, ...]:
-    """Layers whose kind is no attention, or a linear one."""
-    kinds = enumerate(values.get("layer_types") or ())
-    return tuple(layer for layer, kind in kinds if "attention" not in kind or kind == "linear_attention")
+def _core(values: dict[str, Any], heads: int) -> int | None:
+    """Width over which multi-head latent attention computes QKᵀ and AV, their mean; None for other attention."""
+    keys, values_ = (values.get(name) or 0 for name in ("qk_nope_head_dim", "v_head_dim"))
+    return heads * (keys + values["qk_rope_head_dim"] + values_) // 2 if keys and values_ else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,5 +325,5 @@ class LoraShape:
 
     def parameters(self, model: ModelShape) -> int:
         """Trainable weights of all layers."""
-        widths = model.widths()
-        return model.layers * sum(self.rank * sum(widths[target]) for target in self.targets)
+        layers = (model.at(layer).adapted(self.targets) for layer in range(model.layers))
+        return self.rank * sum(sum(widths) for layer in layers for _, widths in layer)

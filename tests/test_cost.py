@@ -13,7 +13,7 @@ from sparselora_hf.cost import (
     step_cost,
     weight_bytes,
 )
-from sparselora_hf.shapes import MODEL_SHAPES, BatchShape, LoraShape, ModelShape
+from sparselora_hf.shapes import MODEL_SHAPES, BatchShape, LayerShape, LoraShape, ModelShape
 
 LLAMA = ModelShape(4096, 14336, 32, 8, 128, layers=32, vocab=128256)
 TINY = ModelShape(hidden=8, intermediate=20, heads=4, kv_heads=2, head_dim=2, layers=3, vocab=10)
@@ -111,6 +111,34 @@ def test_experts_are_not_scored_and_need_no_stand_in():
     plain, cost = (layer_cost(mixture, SMALL, NO_LORA, 1, mlp_keep=15, rank=r, compensation_rank=r) for r in (0, 2))
     assert cost.estimator.forward == 2 * 5 * 2 * (8 * 2 + 2 * 8)
     assert cost.mlp.forward - plain.mlp.forward == 2 * 5 * 2 * (8 + 3 + 8)
+
+
+def test_what_is_in_the_place_of_attention():
+    """Two linears in layer 1: they and their adapters cost by their sizes, and the core is as wide as it says."""
+    own = (LayerShape(20), LayerShape(20, linears=((8, 4), (4, 8)), core=6), LayerShape(20))
+    shape, lora = dataclasses.replace(TINY, own=own), LoraShape(2)
+    cost = layer_cost(shape, SMALL, lora, layer=1, exact=("padding", "last_layer"))
+    assert cost.projections.forward == cost.projections.backward == 2 * 10 * (8 * 4 + 4 * 8)
+    assert cost.lora.forward == 2 * 10 * 2 * (12 + 12)
+    assert cost.attention.forward == 2 * 2 * (10 * 11 / 2) * 6
+    assert layer_cost(shape, SMALL, lora, layer=0) == layer_cost(TINY, SMALL, lora, layer=0)
+    assert lora.parameters(TINY) - lora.parameters(shape) == 2 * (16 + 12 + 12 + 16 - 12 - 12)
+    config = SparseLoraConfig(mlp_sparsity=0.5, attention_sparsity=0.5)
+    assert keep_lists(config, shape) == ([10, 10, 10], [2, None, 2])
+
+
+def test_gate_of_attention_is_computed_beside_the_queries():
+    gated = layer_cost(dataclasses.replace(TINY, gates=8), SMALL, NO_LORA, layer=1)
+    assert gated.projections.forward - layer_cost(TINY, SMALL, NO_LORA, layer=1).projections.forward == 2 * 10 * 8 * 8
+
+
+def test_each_layer_has_its_own_mlp():
+    """A dense layer is as wide as the MLP beside the experts of the two others."""
+    mixture = LayerShape(20, 8)
+    shape = dataclasses.replace(TINY, own=(LayerShape(8), mixture, mixture))
+    assert keep_lists(SparseLoraConfig(mlp_sparsity=0.5), shape)[0] == [4, 12 + 4, 12 + 4]
+    assert step_cost(shape, SMALL, NO_LORA).mlp.forward == 2 * 10 * 3 * 8 * (8 + 20 + 20)
+    assert activation_bytes(shape, SMALL, NO_LORA) < activation_bytes(TINY, SMALL, NO_LORA)
 
 
 def test_lora_on_the_mlp_follows_kept_channels():

@@ -44,6 +44,7 @@ from zoo import (
 
 from sparselora_hf import FAMILIES, ModelFamily, SparseLoraConfig, TokenPlan, sparsify
 from sparselora_hf.cost import keep_lists
+from sparselora_hf.counting import count_layers
 from sparselora_hf.families import families_table, find_family
 from sparselora_hf.modules.classes import Patched
 from sparselora_hf.shapes import ModelShape
@@ -292,7 +293,8 @@ def test_language_tower_is_sparse_and_images_are_context(name):
     decisions = compare(model, batch)
     left = (".experts", "linear_attn", *(["self_attn"] if name == "gemma4" else []))
     assert all((d.outcome == "dense") == d.name.endswith(left) for d in decisions)
-    assert len(decisions) == 4 + (name == "glm4v_moe")  # a shared MLP beside the experts
+    # a shared MLP beside the experts; experts beside both MLPs
+    assert len(decisions) == 4 + (name == "glm4v_moe") + 2 * (name == "gemma4")
     images = batch["input_ids"] == IMAGE_TOKEN
     assert images.any() and context_of(batch)[images].all()
 
@@ -450,15 +452,16 @@ def test_trainer_gives_the_losses_of_sft(name, tmp_path):
 
 @every_model
 def test_shape_of_the_configuration(name):
-    """What the cost model reads from a configuration is what the model has."""
+    """What the cost model reads from a configuration is what the model has, but for what `count_layers` adds."""
     model = zoo_model(name)
     family = find_family(model.config.model_type)
     shape, layers = ModelShape.from_config(model.config), model.get_decoder().layers
+    counted = count_layers(shape, model, family)
     if family.has_projections:
         attention = AttentionView.of(layers[-1].get_submodule(family.attention), family)
         assert (shape.heads, shape.kv_heads, shape.head_dim) == dataclasses.astuple(attention.layout)
     attends = [family.has_projections and getattr(layer, family.attention, None) is not None for layer in layers]
-    assert [keep is not None for keep in keep_lists(SPARSE, shape)[1]] == attends
+    assert [keep is not None for keep in keep_lists(SPARSE, counted)[1]] == attends
     assert shape.sparse_qk != family.normalises_queries(model.config)
     mlps = [layer.get_submodule(family.mlp) for layer in layers]
     mlp = next((mlp for mlp in mlps if hasattr(mlp, family.experts)), mlps[0])

@@ -30,6 +30,7 @@ FLOORS = {
     "svd_cache": 2,
     "views": 2,
     "worth": 2,
+    "counting": 3,
     "decoder": 3,
     "meter": 3,
     "plan": 3,

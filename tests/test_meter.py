@@ -6,7 +6,7 @@ from helpers import make_batch
 from sparselora_hf.config import EXACT_SAVINGS
 from sparselora_hf.meter import Meter, MeteredPart
 from sparselora_hf.plan import TokenPlan
-from sparselora_hf.shapes import ModelShape
+from sparselora_hf.shapes import LayerShape, ModelShape
 from sparselora_hf.worth import Worth
 
 SPEED = {"sparselora/tokens_per_second": 0}
@@ -45,18 +45,18 @@ def test_share_of_context(plan):
     assert figures(plan, times=3)["sparselora/context_share"] == figures(plan)["sparselora/context_share"]
 
 
-def test_attention_without_projections_costs_its_weights(plan):
-    """As many as q, k, v and o have cost as much; nothing of it is saved."""
-    weights = 2 * 64 * (64 + 32)
+def test_attention_without_projections_costs_its_linears(plan):
+    """With as many weights as q, k, v and o have they cost as much; nothing of it is saved."""
+    others = dataclasses.replace(SHAPE, linears=((64, 64), (32, 64), (64, 96)))
     saved = {}
-    for kind, part in (("projections", MeteredPart(32, 32)), ("weights", MeteredPart(0, 0, weights=weights))):
+    for kind, shape, part in (("projections", SHAPE, MeteredPart(32, 32)), ("others", others, MeteredPart(0, 0))):
         for savings in ((), ("padding",)):
             meter = meter_of()
-            meter.attention = [part] * 3
+            meter.model, meter.attention = shape, [part] * 3
             meter.add(plan, True, frozenset(savings))
             saved[kind, savings] = meter.read()["sparselora/linear_flops_saved"]
-    assert saved["weights", ()] == saved["projections", ()] > 0
-    assert saved["weights", ()] < saved["weights", ("padding",)] < saved["projections", ("padding",)]
+    assert saved["others", ()] == saved["projections", ()] > 0
+    assert saved["others", ()] < saved["others", ("padding",)] < saved["projections", ("padding",)]
 
 
 def test_reading_starts_anew(plan):
@@ -98,7 +98,8 @@ def test_stand_ins_count(plan):
 def test_layer_without_experts_has_its_own_width(plan):
     """Tokens pass through 16 channels of experts in two layers, and through an MLP of 96 in the one between."""
     meter = meter_of(attention=(32, 32, 32))
-    meter.model = dataclasses.replace(SHAPE, intermediate=16, sparse_mlp=0)
+    mixture = LayerShape(16, 0)
+    meter.model = dataclasses.replace(SHAPE, own=(mixture, LayerShape(96), mixture))
     meter.mlp = [MeteredPart(0, 0), MeteredPart(96, 10), MeteredPart(0, 0)]
     meter.add(plan, True, frozenset())
     rows = plan.shape[0] * plan.shape[1]
@@ -120,9 +121,9 @@ def test_every_token_passes_through_experts(plan):
 
 
 def test_stand_in_of_a_layer_without_experts(plan):
-    """In a mixture its width is that of the layer's own MLP."""
+    """In a mixture its width is that of the layer's own MLP, which may be as wide as the shared one."""
     meter, alone = meter_of(rank=4), meter_of(rank=4)
-    meter.model = dataclasses.replace(SHAPE, intermediate=48, sparse_mlp=16)
+    meter.model = dataclasses.replace(SHAPE, intermediate=160, sparse_mlp=96, own=(LayerShape(96),) * 3)
     for each in (meter, alone):
         each.add(plan, True, frozenset())
     assert meter.read() | SPEED == alone.read() | SPEED

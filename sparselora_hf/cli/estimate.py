@@ -21,10 +21,12 @@ from ..cost import (
     step_cost,
     weight_bytes,
 )
+from ..counting import count_layers
+from ..families import FAMILIES
 from ..shapes import MODEL_SHAPES
 from .settings import add_sparse_arguments, configured, positive, sparse_settings, to_arguments
 
-__all__ = ["Estimate", "estimate", "main", "model_shape", "run_bound"]
+__all__ = ["Estimate", "counted_shape", "estimate", "main", "model_shape", "run_bound"]
 
 
 class Estimate(NamedTuple):
@@ -53,12 +55,31 @@ def model_shape(name: str) -> ModelShape:
     from transformers import AutoConfig
 
     if name in MODEL_SHAPES:
-        return ModelShape.from_config(AutoConfig.for_model(**MODEL_SHAPES[name]))
+        return counted_shape(AutoConfig.for_model(**MODEL_SHAPES[name]))
     try:
-        return ModelShape.from_config(AutoConfig.from_pretrained(name))
+        config = AutoConfig.from_pretrained(name)
     except OSError as error:
         known = ", ".join(MODEL_SHAPES)
         raise OSError(f"{name}: no such shape, folder or model within reach. Shapes: {known}. ({error})") from error
+    return counted_shape(config)
+
+
+def counted_shape(config: Any) -> ModelShape:
+    """Shape of a configuration; of a known family, counted in its modules, which are built without memory."""
+    import torch
+    from transformers import MODEL_MAPPING, AutoModel
+
+    shape, text_config = ModelShape.from_config(config), config.get_text_config()
+    family = FAMILIES.get(text_config.model_type)
+    if family is None:
+        return shape
+    source = text_config if type(text_config) in MODEL_MAPPING else config  # PaddleOCR-VL's tower is none by itself
+    with torch.device("meta"):
+        model = AutoModel.from_config(source, dtype=torch.bfloat16, attn_implementation="eager")
+    decoder = model.get_decoder()
+    weights = sum(weight.numel() for weight in decoder.parameters())
+    weights += 0 if shape.tied else shape.vocab * shape.hidden
+    return dataclasses.replace(count_layers(shape, decoder, family), counted=weights)
 
 
 def _sparse_options(config: SparseLoraConfig, batch: BatchShape) -> dict[str, int | None]:
@@ -204,7 +225,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--sequence", type=positive, default=512, help="tokens of a row")
     parser.add_argument("--output", type=positive, default=128, help="answer tokens of a row")
     parser.add_argument("--fill", type=float, default=1.0, help="share of a row that is no padding")
-    parser.add_argument("--lora-rank", type=positive, default=32, help="rank of LoRA on q, k, v and o")
+    parser.add_argument("--lora-rank", type=positive, default=32, help="rank of LoRA on attention's linears")
     parser.add_argument("--checkpointing", action="store_true", help="activations are recomputed in backward")
     parser.add_argument(
         "--head", choices=("all", "labels"), default="labels", help="positions TRL scores (GPU: labels)"
