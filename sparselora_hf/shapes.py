@@ -153,6 +153,8 @@ class ModelShape:
         values = text_config.to_dict()
         if isinstance(values.get("intermediate_size"), list):
             values["intermediate_size"] = max(values["intermediate_size"])
+        if _first(values, _EXPERTS):  # where all layers are mixtures there may be no other width than that of experts
+            values["intermediate_size"] = values.get("intermediate_size") or values.get("moe_intermediate_size")
         values["num_experts_per_tok"] = _first(values, _EXPERTS_PER_TOKEN) or None
         needed = [*_CONFIG_FIELDS.values(), *(["num_experts_per_tok"] if _first(values, _EXPERTS) else [])]
         missing = [name for name in needed if values.get(name) is None]

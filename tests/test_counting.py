@@ -82,6 +82,13 @@ def test_of_layers_that_differ(name):
     check(randomise(AutoModelForCausalLM.from_config(config, experts_implementation="eager")))
 
 
+def test_of_a_mixture_without_another_width():
+    """As the configuration of Qwen3.5-MoE, which has no `intermediate_size`."""
+    config = zoo_config("qwen3_5_moe_text")
+    del config.intermediate_size
+    check(randomise(AutoModelForCausalLM.from_config(config, experts_implementation="eager")))
+
+
 @pytest.mark.parametrize("name", VISION)
 def test_of_a_language_tower(name):
     check(vision_model(name))
