@@ -52,8 +52,9 @@ def _obstacle(linear: nn.Module) -> str:
         )
     if is_repacked(linear):
         return (
-            "has no gradients: bitsandbytes has repacked it for inference on this CPU. Load the model again, and "
-            "train before you evaluate or generate."
+            "has no gradients: bitsandbytes has repacked it for inference on this CPU. Load the model again, and make "
+            "the trainer, or call sparsify, before anything runs the model: evaluating, generating, PEFT's "
+            "initialize_lora_eva_weights. What is sparse is not repacked."
         )
     if weight.numel() == 0:
         return f"is empty: DeepSpeed ZeRO-3 keeps it elsewhere. {_INSTEAD}"

@@ -20,13 +20,14 @@ from helpers import (
     sparse_result,
     tiny_model,
 )
-from peft import PeftModel, prepare_model_for_kbit_training
+from peft import EvaConfig, PeftModel, initialize_lora_eva_weights, prepare_model_for_kbit_training
 from quantised import KINDS, bnb, pair, quantise
 from reference import MaskedDense
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sparselora_hf import SparseLoraConfig, TokenPlan, sparsify
+from sparselora_hf.ops.quant import is_repacked
 
 ALL = ATTENTION + MLP
 # float32 products in another order
@@ -254,8 +255,24 @@ def test_packed_bytes_stored_as_floats(compute, storage, batch):
 def test_a_repacked_weight_is_refused():
     model, _ = pair()
     model.base_model.model.model.layers[1].mlp.up_proj.weight.quant_state.packing_format_for_cpu = True
-    with pytest.raises(ValueError, match=r"layers\.1: the weight of up has no gradients: .* Load the model"):
+    with pytest.raises(ValueError, match=r"layers\.1: the weight of up has no gradients: .* call sparsify, before"):
         sparsify(model, SPARSE, progress=False)
+
+
+def test_adapters_are_initialised_by_eva_once_a_model_is_sparse(batch):
+    """It runs the model in evaluation mode, where a CPU with bf16 instructions would repack the weights."""
+    model = add_lora(quantise(tiny_model()), ATTENTION, init_lora_weights="eva", eva_config=EvaConfig(rho=1.0)).train()
+    linears = [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
+    for linear in linears:
+        linear.support_avx512bf16_for_cpu = True
+    with sparsify(model, SPARSE, progress=False) as handle:
+        initialize_lora_eva_weights(model, [batch] * 2, show_progress_bar=False)
+        handle.set_enabled(True)
+        model(**batch).loss.backward()
+    assert not any(map(is_repacked, linears))
+    first = model.base_model.model.model.layers[0].self_attn.q_proj.lora_A["default"].weight
+    torch.testing.assert_close(first @ first.T, torch.eye(len(first)), atol=1e-5, rtol=0.0)  # what EVA makes of them
+    assert all(p.grad is not None for name, p in model.named_parameters() if "lora_B" in name)
 
 
 class HQQLinear(nn.Module):
