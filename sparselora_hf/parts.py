@@ -10,7 +10,7 @@ from .decoder import Layer
 from .families import ModelFamily
 from .handle import Decision
 from .layers import kept_channels
-from .modules.lora import has_bare_matrices, ignores_base, is_plain_lora, rewrites_weight
+from .modules.lora import has_bare_matrices, ignores_base, is_plain_lora, is_trained_whole, rewrites_weight
 from .ops.quant import why_unreadable
 from .views import AttentionView, MlpView, base_linear
 from .worth import Worth, attention_worth, mlp_worth, relative_rate
@@ -110,6 +110,8 @@ def _why_dense(part: Part) -> str:
         return _UNDESCRIBED
     for role, module in part.modules.items():
         base = base_linear(module)
+        if is_trained_whole(module):
+            return f"{role} is trained whole, by modules_to_save"
         unreadable = why_unreadable(base)
         if unreadable:
             return f"{role} is {unreadable}"

@@ -164,7 +164,8 @@ SAVED = {
     "embedding": ("embed_tokens", "embed_tokens.* is trained and lies below the decoder layers"),
     "final norm": ("norm", ""),
     "MLPs": ("mlp", r"mlp: dense \(the weight of gate is trained\)"),
-    "a projection": ("up_proj", r"mlp: dense \(up is "),
+    "a projection": ("up_proj", r"mlp: dense \(up is trained whole, by modules_to_save\)"),
+    "one of attention": ("o_proj", r"self_attn: dense \(o is trained whole, by modules_to_save\)"),
 }
 
 

@@ -11,6 +11,7 @@ __all__ = [
     "ignores_base",
     "is_merged",
     "is_plain_lora",
+    "is_trained_whole",
     "kept_inputs",
     "kept_outputs",
     "rewrites_weight",
@@ -45,6 +46,13 @@ def rewrites_weight(module: nn.Module) -> bool:
     from peft.tuners.lora.layer import ParamWrapper
 
     return isinstance(module, ParamWrapper)
+
+
+def is_trained_whole(module: nn.Module) -> bool:
+    """Whether PEFT trains a copy of a projection in its place, as `modules_to_save` has it."""
+    from peft.utils import ModulesToSaveWrapper
+
+    return isinstance(module, ModulesToSaveWrapper)
 
 
 def ignores_base(module: nn.Module) -> bool:
