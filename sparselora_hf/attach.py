@@ -87,12 +87,12 @@ def _check_config(model: nn.Module, config: SparseLoraConfig, family: ModelFamil
         )
     if not hasattr(causal_model(model), "config"):
         raise ValueError(
-            f"A {type(model).__name__} is no model of transformers or PEFT. Where one is a part of it, pass that part."
+            f"A {type(model).__name__} is no model of transformers or PEFT. If it contains one, pass that part."
         )
     if any(isinstance(module, Patched) for module in model.modules()):
         raise ValueError(
-            "The model is sparse already. Call restore() on its handle first: trainer.sparse_handle of the trainer "
-            "before, or what sparsify returned; where neither is left, load the model again. A copy of a sparse model "
+            "The model is sparse already. Call restore() on its handle first, which is sparse_handle of the earlier "
+            "trainer, or what sparsify returned. If you have neither, load the model again. A copy of a sparse model "
             "has no handle of its own: copy the handle by copy.deepcopy(handle), and restore that; its model is the "
             "copy."
         )
@@ -169,7 +169,9 @@ def attach(
     check_adapters(model)
     obstacle = blocker(causal_model(model).get_input_embeddings().weight.device) if config.kernels == "triton" else ""
     if obstacle:
-        raise ValueError(f'kernels: "triton" cannot be had: {obstacle}. Use "auto", which takes Triton where it can.')
+        raise ValueError(
+            f'kernels: "triton" is not available: {obstacle}. Use "auto", which takes Triton where it is.'
+        )
     text_config = causal_model(model).config.get_text_config()
     normalised = family.normalises_queries(text_config)
     layers = list(decoder_layers(model, config, family))
@@ -338,7 +340,9 @@ def _make_lean(handle: SparseLoraHandle, layers: list[Layer]) -> None:
         patches = lean_attentions((layer.attention for layer in layers), handle.config.kernels)
         handle._hooks.append(patches)
         if not patches.modules:
-            handle.state.withheld["rotary"] = "the attention does not turn halves of its heads, or not in sight"
+            handle.state.withheld["rotary"] = (
+                "the attention rotates its heads in another way, or by code that cannot be read"
+            )
 
 
 def _keep_attention(handle: SparseLoraHandle) -> None:

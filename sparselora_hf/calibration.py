@@ -84,8 +84,8 @@ class Calibration:
             raise RuntimeError(
                 f"{key}: dense steps have left no sample. Where hidden states hold NaN or infinity, training has "
                 "diverged before sparsity started: lower the learning rate, or train in bf16 rather than fp16. Where "
-                "every forward pass ended in an error, let one dense step run to its end. Where the sample is a "
-                "checkpoint's of an older version, delete its sparselora_calibration.safetensors: another is gathered."
+                "every forward pass ended in an error, let one dense step run to its end. Where the sample is from a "
+                "checkpoint of an older version, delete its sparselora_calibration.safetensors: another is gathered."
             )
         return sound
 

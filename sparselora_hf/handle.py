@@ -115,14 +115,14 @@ class SparseLoraHandle:
         schedule = self._schedule
         if self.config.is_sparse and max_steps and not schedule.is_ever_sparse(max_steps):
             logger.warning(
-                f"SparseLoRA: no step of this run is sparse: sparsity would start behind step {schedule.start} and "
-                f"end with step {min(schedule.end, max_steps)}. Lower start_step, or train longer."
+                f"SparseLoRA: no step of this run is sparse: sparsity would start after step {schedule.start} and "
+                f"end after step {min(schedule.end, max_steps)}. Lower start_step, or train longer."
             )
         if self.config.is_sparse and self.is_attached and all(d.outcome != "sparse" for d in self.decisions):
             reasons = "; ".join(sorted({d.reason for d in self.decisions if d.reason})) or "too few to drop one"
             logger.warning(
                 f"SparseLoRA: no layer drops channels, though the settings ask for it: {reasons}. report() of the "
-                "handle lists them; config.replace(dense_if_slower=False) makes those sparse that speed keeps dense."
+                "handle lists them; config.replace(dense_if_slower=False) makes sparse what is dense for speed alone."
             )
         self.state.reset()  # a run that was interrupted may have been sparse
         self.state.meter.reset()
@@ -152,8 +152,8 @@ class SparseLoraHandle:
         wanted = self.is_attached and self.config.is_sparse and self._schedule.is_sparse(step)
         if step > self._max_steps and self.config.is_sparse and not wanted:  # at its end a run may be resumed
             self.state.warn_once(
-                f"SparseLoRA: begin_run was told of {self._max_steps} steps, and steps behind them are dense. Give it "
-                "those of all epochs."
+                f"SparseLoRA: begin_run was given max_steps = {self._max_steps}, and every later step is dense. "
+                "Give it the steps of all epochs."
             )
         enabled = wanted and self._can_be_sparse()
         if enabled != self.enabled:
@@ -174,7 +174,7 @@ class SparseLoraHandle:
             self._has_waited = True
             logger.warning(
                 "SparseLoRA: sparsity was to start, but no dense step has sampled a context token. Steps stay dense "
-                "until one has; a resumed run whose statistics lie elsewhere takes them by handle.load(checkpoint)."
+                "until one has. If the run is resumed and its statistics lie elsewhere, call handle.load(checkpoint)."
             )
         return False
 

@@ -129,7 +129,7 @@ def format_examples(
         raise ValueError(
             "The text is shorter than one window. Lower window_characters."
             if prompt_format == "text_split"
-            else f"Prompt format {prompt_format!r} left every row out."
+            else f"Prompt format {prompt_format!r} left every row out. Choose another."
         )
     return rows
 

@@ -222,7 +222,7 @@ class SparseState:
         if self.meter.add(plan, self.batch.sparse, savings, too_few):
             self.warn_once(
                 "SparseLoRA: this batch is too small for sparsity to pay on this device, judged by its shapes, so no "
-                "channel is dropped. Larger ones may be; with config.replace(dense_if_slower=False) all are sparse."
+                "channel is dropped. Larger batches may be sparse; with config.replace(dense_if_slower=False) all are."
             )
         self._warn_without_context(plan)
         if self.calibration.gathers and not self.enabled:

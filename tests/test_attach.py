@@ -199,7 +199,7 @@ WRONG = {
     ),
     "NaN": (lambda: _with_nan(lora_model()), SPARSE, r"layers\.1: the weight of up holds NaN or infinity"),
     "infinity": (lambda: _with_nan(lora_model(), float("inf")), SPARSE, "holds NaN or infinity"),
-    "triton": (lora_model, SPARSE.replace(kernels="triton"), "triton.* cannot be had: "),
+    "triton": (lora_model, SPARSE.replace(kernels="triton"), "triton.* is not available: "),
 }
 
 

@@ -11,11 +11,14 @@ from ..state import SparseState
 
 __all__ = ["ForwardHook"]
 
-_UNKNOWN = "SparseLoRA: forward without a label for each token runs dense, its context tokens are not known."
+_UNKNOWN = (
+    "SparseLoRA: a forward without a label for each token runs dense, since its context tokens are not known. For a "
+    "sparse one call the whole model, and pass labels of the shape of input_ids."
+)
 _RESHAPED = (
-    "SparseLoRA: on the way to its decoder the model has changed the length of the batch, as some do that put many "
-    "states in the place of one image or sound token. Its labels do not fit the tokens then, and it runs dense. Let "
-    "the processor write a token for every state."
+    "SparseLoRA: the model has changed the length of the batch before its decoder, as some models do that replace one "
+    "image or audio token by many states. The labels no longer match the tokens, so the batch runs dense. Let the "
+    "processor write one token for every state."
 )
 
 
