@@ -21,19 +21,20 @@ logger = logging.get_logger(__name__)
 class SparseLoraCallback(TrainerCallback):
     """Turns a sparse model's sparsity on and off as training goes, saves its configuration, logs what it did.
 
-    Whether a step is sparse depends on the global step alone. A resumed run takes what dense steps had taught from the
-    checkpoint, found through `args.resume_from_checkpoint` or in `args.output_dir`. Figures join `state.log_history`;
-    what `report_to` names comes before callbacks of one's own and sees them with `SparseLoraTrainer` alone.
+    Whether a step is sparse depends on the global step alone. A resumed run takes what dense steps had gathered from
+    the checkpoint, found through `args.resume_from_checkpoint` or in `args.output_dir`. Figures join
+    `state.log_history`. The loggers that `report_to` names run before this callback and miss them; under
+    `SparseLoraTrainer` they get them too.
 
     Args:
-        sparse: what `sparsify` returned for the model in training; or a configuration, where the model is out of
-            reach. The callback then sparsifies the Trainer's model itself, when the Trainer is made or, where it is
-            added later, when training begins, and restores the model when training ends.
+        sparse: what `sparsify` returned for the model in training, or a configuration if the model is out of reach.
+            With a configuration the callback sparsifies the Trainer's model when the Trainer is made (or when training
+            begins, if the callback is added later) and restores it when training ends.
         model_family: with a configuration, description of a model family that is not in the table.
 
     Attributes:
-        handle: the handle of the model in training; None before a configuration has met its model, and after
-            its training.
+        handle: the handle of the model in training. With a configuration it is None before the model is sparsified
+            and after training.
 
     Raises:
         TypeError: `sparse` is neither.

@@ -29,7 +29,7 @@ EXACT_SAVINGS = (
     "rotary",
 )
 
-# what dense steps teach depends on these
+# what dense steps gather depends on these
 _TEACHING = (
     "mlp_sparsity",
     "attention_sparsity",
@@ -84,8 +84,8 @@ class SparseLoraConfig:
             kept ones.
         exact: savings that change no number: True for all, False for none, or names out of ``activations``,
             ``adapters``, ``frozen_below``, ``last_layer``, ``logits``, ``norms``, ``padding``, ``recomputation`` and
-            ``rotary``. Under ``padding`` the logits of padding are others, and a `compute_loss_func` of one's own has
-            to leave them out.
+            ``rotary``. Under ``padding`` the logits at padding are not the dense model's: a `compute_loss_func` of
+            yours has to leave them out.
         dense_if_slower: run a layer dense when its shapes promise no gain from sparsity.
         kernels: ``auto``, ``torch`` or ``triton``.
         seed: seed of the randomised SVD, the ``random`` criterion and the statistics' reservoir.
@@ -160,7 +160,7 @@ class SparseLoraConfig:
         return self.criterion in ("static", "output", "svd_whitened") or self.compensation != "none"
 
     def learns_as(self, other: "SparseLoraConfig") -> bool:
-        """Whether dense steps teach the same under both, so that a checkpoint of the one serves a run of the other."""
+        """Whether dense steps gather the same under both, so that a checkpoint of one serves a run of the other."""
         mine, others = self.to_dict(), other.to_dict()
         return all(mine[field] == others[field] for field in _TEACHING)
 
@@ -175,7 +175,7 @@ class SparseLoraConfig:
         """A copy with some fields changed, checked anew.
 
         Raises:
-            ValueError: an unknown field; `preset` is none.
+            ValueError: an unknown field, or `preset`, which is not a field.
         """
         if "preset" in changes:  # every field has a value already, which would win over the preset's
             raise ValueError(

@@ -20,7 +20,7 @@ class ModelFamily:
         norm: final norm of the decoder.
         attention: attention module of a layer, with projections `q`, `k`, `v` and `o`. Where `q` and `qkv` are empty
             it has none that could drop channels, as multi-head latent attention, and stays dense.
-        mixer: what some layers have in the place of attention (linear attention, a convolution); it stays dense.
+        mixer: what some layers have in place of attention (linear attention, a convolution); it stays dense.
         qkv: projection that computes queries, keys and values at once; `q`, `k` and `v` are not looked up then.
         qkv_by_head: the fused rows are grouped by key/value head (its queries, its key, its value), where otherwise
             all queries come first, then all keys, then all values.
@@ -203,7 +203,7 @@ FAMILIES = {family.name: family for family in _ROWS}
 _EXAMPLE = """    from sparselora_hf import ModelFamily, sparsify
     family = ModelFamily("{name}", attention="self_attn", q="q_proj", mlp="mlp", gate="gate_proj")
     # and qk_norm=True if it normalises queries and keys: dropped channels would inflate the others, and nothing warns;
-    # q="" if its attention has no q/k/v/o; mixer="linear_attn" if some layers have that in the place of attention
+    # q="" if its attention has no q/k/v/o; mixer="linear_attn" if some layers have that in place of attention
     sparsify(model, config, family=family)        # or SparseLoraTrainer(..., model_family=family)"""
 
 

@@ -1,4 +1,4 @@
-"""`SparseLoraHandle`: a patched model in one's hand. Switch sparsity, list what was done, save, load, undo."""
+"""`SparseLoraHandle`, which `sparsify` returns: switch sparsity, list what was done, save, load, undo."""
 
 import dataclasses
 import time
@@ -48,7 +48,7 @@ class Decision:
 
 
 class SparseLoraHandle:
-    """A patched model: switch sparsity, list what was done, undo it. Also a context manager that undoes it.
+    """A patched model: switch sparsity, list what was done, undo it. As a context manager it undoes it at the end.
 
     Attributes:
         state: shared state of the patched modules.
@@ -86,7 +86,7 @@ class SparseLoraHandle:
         return bool(self._hooks)
 
     def set_enabled(self, enabled: bool) -> None:
-        """Switch channel sparsity on or off, from the next batch on; the first time, fit what dense steps taught.
+        """Switch channel sparsity on or off, from the next batch on; the first time, fit what dense steps gathered.
 
         Raises:
             RuntimeError: statistics are asked for and no dense training step has run.
@@ -96,11 +96,11 @@ class SparseLoraHandle:
         self.state.enabled = enabled
 
     def begin_run(self, max_steps: int, step: int = 0) -> None:
-        """Resolve the schedule against the length of a run; `SparseLoraCallback` calls it, a loop of one's own must.
+        """Resolve the schedule against the length of a run. `SparseLoraCallback` calls this; your own loop has to.
 
         Args:
             max_steps: optimizer steps of the run.
-            step: finished steps, where a run is resumed; 0 forgets what an earlier run had learned.
+            step: finished steps of a run that is resumed; 0 forgets what an earlier run has gathered.
 
         Raises:
             ValueError: sparsity would end before it starts, FSDP version 1 has wrapped the layers, or another library
@@ -132,9 +132,9 @@ class SparseLoraHandle:
         self.begin_step(step)
 
     def begin_step(self, step: int, accumulation: int = 1) -> None:
-        """Switch where the schedule says so; to be called before the first micro-batch of an optimizer step.
+        """Switch where the schedule says so. Call it before the first micro-batch of each optimizer step.
 
-        A sparse step that needs statistics of dense ones, where there are none, is dense and gathers them.
+        Where a sparse step needs statistics of dense steps and there are none yet, it is dense and gathers them.
 
         Args:
             step: finished optimizer steps.
@@ -232,7 +232,7 @@ class SparseLoraHandle:
         return causal_model(self.model).get_input_embeddings().weight.device
 
     def save(self, folder: str | Path, write: bool | None = None) -> None:
-        """Write the configuration, and what dense steps taught where there is any, into a checkpoint's folder.
+        """Write the configuration, and what dense steps have gathered if anything, into a checkpoint's folder.
 
         Every rank must call, since each holds a part of the sample.
 
@@ -251,11 +251,11 @@ class SparseLoraHandle:
         self.config.to_yaml(Path(folder))
 
     def load(self, folder: str | Path) -> bool:
-        """Take back what dense steps had taught by the time a checkpoint was written.
+        """Take back what dense steps had gathered when a checkpoint was written.
 
         Returns:
-            Whether there was anything to take that serves every sparse part; if not, a new sample is gathered from the
-            next dense steps.
+            Whether the folder has statistics and they serve every sparse part; if not, a new sample is gathered from
+            the next dense steps.
 
         Raises:
             ValueError: the file is damaged.

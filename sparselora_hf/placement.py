@@ -70,7 +70,7 @@ def _is_finite(weight: torch.Tensor) -> bool:
 
 
 def check_units(model: nn.Module) -> None:
-    """Refuse a model whose layers FSDP version 1 has wrapped, in a loop of one's own too: they would run dense.
+    """Refuse a model whose layers FSDP version 1 has wrapped, by whatever loop: they would run dense.
 
     Raises:
         ValueError: names the engine and what to use in its place.

@@ -182,8 +182,8 @@ class TokenPlan:
 
         Args:
             device: the device.
-            non_blocking: of no effect. A `BatchEncoding`, as collators give that pad by a tokenizer, moves all that it
-                holds as if they were tensors.
+            non_blocking: of no effect. `BatchEncoding`, which collators that pad by a tokenizer return, passes it to
+                whatever it holds that can be moved.
         """
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         rows = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}

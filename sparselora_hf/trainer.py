@@ -64,15 +64,16 @@ class SparseLoraTrainer(SFTTrainer):
         model_family: description of a model family that is not in the table.
 
     Attributes:
-        sparse_handle: the `SparseLoraHandle` of the model in training; after its `restore()` this trains as
-            `SFTTrainer` does.
+        sparse_handle: the `SparseLoraHandle` of the model in training. After `sparse_handle.restore()` the trainer
+            is an ordinary `SFTTrainer`.
 
     Raises:
-        ImportError: a library whose version is not supported.
+        ImportError: the version of a library is not supported.
         TypeError: `sparse_config` is no `SparseLoraConfig`.
-        ValueError: settings, model and data do not fit together; a model passed in is untouched then. Where the
-            data is refused, weights that PiSSA, OLoRA and the like have rewritten are not: a warning says so. What
-            `SFTTrainer` itself refuses once it has wrapped the model, as a chat template, leaves it wrapped.
+        ValueError: settings, model and data do not fit together. A model that was passed in is then as it was, with
+            two exceptions. If the data is refused, weights that PiSSA, OLoRA and the like have rewritten stay
+            rewritten, and a warning says so. If `SFTTrainer` itself refuses something once it has wrapped the model,
+            such as a chat template, the model stays wrapped.
     """
 
     _tag_names = ["trl", "sft", "sparselora"]  # noqa: RUF012 - TRL's own attribute
@@ -133,7 +134,7 @@ class SparseLoraTrainer(SFTTrainer):
         return self.sparse_handle.config
 
     def get_train_dataloader(self):
-        """Training batches bring their token plan along, but for those that one process reads and cuts up for all."""
+        """As that of `SFTTrainer`; batches bring their token plan, unless one process reads and cuts them for all."""
         if self.accelerator.dispatch_batches:  # accelerate sends and cuts tensors, and refuses anything else
             return super().get_train_dataloader()
         collator = self.data_collator
@@ -147,8 +148,8 @@ class SparseLoraTrainer(SFTTrainer):
         """Train as `SFTTrainer.train` does; whatever happens, the model is dense afterwards.
 
         Raises:
-            ValueError: ``resume_from_checkpoint=True`` and no checkpoint in `args.output_dir` is whole; besides what
-                `SFTTrainer.train` raises.
+            ValueError: ``resume_from_checkpoint=True`` and no checkpoint in `args.output_dir` was written to its end.
+                Otherwise what `SFTTrainer.train` raises.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = newest_checkpoint(self.args.output_dir)
@@ -201,7 +202,7 @@ class SparseLoraTrainer(SFTTrainer):
         state = self.sparse_handle.state
         plan, marks = inputs.pop(PLAN_KEY, None), inputs.pop(_MARKS_KEY, None)
         if not self.sparse_handle.is_attached:
-            plan = None  # restored: an `SFTTrainer` with no more to it
+            plan = None  # restored: a plain `SFTTrainer`
         elif plan is None or not (marks is None or _are_as_marked(inputs, marks)):  # a subclass has changed the batch
             plan = TokenPlan.of_inputs(inputs, self.sparse_config.token_rule) if "labels" in inputs else None
         # a subclass's `_prepare_inputs` may still change the batch: then each forward makes a plan of its own
@@ -364,7 +365,7 @@ def _check_labels(dataset: object, rows: int = 100) -> None:
         return
     labels = list(dataset.select(range(min(rows, len(dataset))))["labels"])
     if not all(getattr(row, "ndim", isinstance(row, list)) for row in labels):
-        return  # no labels of tokens: a collator of one's own knows what they are
+        return  # no labels of tokens: the user's collator knows what they are
     if all(label == IGNORE_INDEX for row in labels for label in row):
         raise ValueError(
             f"No token of the first {len(labels)} training examples carries a label: every label is {IGNORE_INDEX}. "

@@ -30,8 +30,8 @@ class ForwardHook:
     any others a forward is dense. So is one without gradients, whatever the mode; the batch under way comes back after
     it, for recomputation.
 
-    A loss of one's own may call the decoder by itself. It is dense then, but for the tokens of a trainer's batch. It
-    is dense as well where the model hands it a batch of another shape than that of the labels.
+    A user's loss may call the decoder by itself. The decoder is dense then, except on the tokens of a trainer's batch.
+    It is dense as well where the model gives it a batch of another shape than that of the labels.
     """
 
     def __init__(self, state: SparseState) -> None:

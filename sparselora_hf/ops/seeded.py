@@ -1,4 +1,4 @@
-"""Random numbers of one's own, on one device, for a while."""
+"""Random numbers drawn from a given seed for a while, without disturbing the caller's."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
