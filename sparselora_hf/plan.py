@@ -36,6 +36,8 @@ class TokenPlan:
         loss_in_context: whether a context row enters the loss, as the token rule ``label`` has it.
         right_padded: whether all that an attention mask hides is padding behind the last token of its sequence.
         unmasked: whether there is padding that no attention mask hides.
+        loss_in_padding: whether a row that an attention mask hides enters the loss, as padding in front of a labelled
+            token does.
     """
 
     shape: tuple[int, int]
@@ -50,6 +52,7 @@ class TokenPlan:
     loss_in_context: bool
     right_padded: bool = False
     unmasked: bool = False
+    loss_in_padding: bool = False
 
     @classmethod
     def of_inputs(cls, inputs: Mapping[str, Any], token_rule: str = "label_or_predictor") -> "TokenPlan":
@@ -155,6 +158,7 @@ class TokenPlan:
             loss_in_context=bool((predicts & ~output).any()),
             right_padded=is_2d and torch.equal(real, shown) and _falls(shown),
             unmasked=not is_2d and not is_whole,
+            loss_in_padding=is_2d and bool((predicts & ~shown).any()),
         )
 
     @property

@@ -208,6 +208,8 @@ class SparseState:
             savings -= {"last_layer", "logits"}
         if routers and plan.unmasked:
             savings -= {"padding"}  # routers see it too
+        if plan.loss_in_padding:
+            savings -= {"padding"}  # a row that may see no token looks at all of them, in attention written out
         if leaf_inputs:
             savings -= {"frozen_below"}
         if self.last_layer_is_sparse and (plan.loss_in_context or self.calibration.gathers):

@@ -162,6 +162,16 @@ def test_tokens_that_others_see_are_no_padding(batch, change, loss_of):
     assert_same(results[1], results[0])
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_padding_that_predicts_a_first_token(attention):
+    """It may see no token; where attention is written out it sees all of them alike, padding too."""
+    batch = make_batch(prompts=(0, 5, 12), side="left")
+    model = lora_model(attn_implementation=attention)
+    want = loss_and_gradients(model, batch)
+    with sparsify(model, SparseLoraConfig()):
+        assert_same(loss_and_gradients(model, batch), want)
+
+
 def test_training_without_labels_is_dense(model, handle, batch):
     want = loss_without_labels(model, batch)
     handle.set_enabled(True)

@@ -56,6 +56,7 @@ def slow_plan(labels, mask=None, positions=None, rule="label_or_predictor") -> d
         "loss_in_context": bool(set(loss) & set(context)),
         "right_padded": ends and not set(hidden) & set(real),
         "unmasked": mask is None and len(real) < rows * length,
+        "loss_in_padding": hidden is not None and bool(set(hidden) & set(loss)),
     }
 
 
@@ -66,7 +67,7 @@ def assert_plan(plan: TokenPlan, want: dict, rows: int) -> None:
         assert got.tolist() == want[name], name
     assert (list(range(rows)) if plan.real is None else plan.real.tolist()) == want["real"]
     assert (plan.real is None) == (len(want["real"]) == rows)
-    for name in ("groups", "loss_in_context", "right_padded", "unmasked"):
+    for name in ("groups", "loss_in_context", "right_padded", "unmasked", "loss_in_padding"):
         assert getattr(plan, name) == want[name], name
     assert plan.tokens == len(want["real"])
 
@@ -85,6 +86,10 @@ CASES = {
     "padding in the middle": {
         "labels": torch.tensor([[N, N, N, 5, N]]),
         "attention_mask": torch.tensor([[1, 0, 0, 1, 0]]),
+    },
+    "label behind padding": {
+        "labels": torch.tensor([[N, N, 5, 6], [N, N, N, 7]]),
+        "attention_mask": torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]),
     },
     "label on padding": {
         "labels": torch.tensor([[N, 5, N, 6]]),
