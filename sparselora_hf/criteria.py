@@ -56,9 +56,8 @@ class Criterion:
         x: torch.Tensor,
         rows: torch.Tensor,
         step: int,
-        *,
         sequence: torch.Tensor,
-        groups: int | None = None,
+        groups: int,
     ) -> torch.Tensor:
         """`mlp` of what `sample` takes out of all rows ``x`` ``[T, H]``."""
         return self.mlp(layer, view, self.sample(x, rows, sequence, groups), step)
@@ -130,13 +129,20 @@ class SvdCriterion(Criterion):
         self._joined: dict[int, tuple[LowRank, LowRank, torch.Tensor]] = {}
 
     def mlp_of_context(
-        self, layer: int, view: MlpView, x: torch.Tensor, rows: torch.Tensor, step: int, **plan
+        self,
+        layer: int,
+        view: MlpView,
+        x: torch.Tensor,
+        rows: torch.Tensor,
+        step: int,
+        sequence: torch.Tensor,
+        groups: int,
     ) -> torch.Tensor:
-        """The same, by a kernel that reads the rows where they are."""
+        """The same, by a kernel that reads the rows where they are, if there is one."""
         fused = self._fused(layer, view, x, self._few(rows))
         if fused is not None:
             return fused
-        return super().mlp_of_context(layer, view, x, rows, step, **plan)
+        return super().mlp_of_context(layer, view, x, rows, step, sequence, groups)
 
     def mlp(self, layer: int, view: MlpView, x: torch.Tensor, step: int) -> torch.Tensor:
         """Scores of MLP channels from the factors of its inputs, ``[N]``."""

@@ -148,8 +148,8 @@ class SparseMlp(LeanMlp):
         batch, criterion = link.state.batch, link.state.criterion
         key = (link.layer, "mlp")
         if key not in batch.selections:  # recomputation meets the set of the first forward
-            plan = {"sequence": batch.plan.sequence, "groups": batch.plan.groups}
-            self._choose(criterion.mlp_of_context(link.layer, view, x, rows.sparse, batch.step, **plan))
+            of_plan = batch.plan.sequence, batch.plan.groups
+            self._choose(criterion.mlp_of_context(link.layer, view, x, rows.sparse, batch.step, *of_plan))
         return batch.selections[key]
 
 
