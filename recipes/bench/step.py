@@ -49,7 +49,7 @@ from setup import (
 
 from sparselora_hf import SparseLoraConfig
 from sparselora_hf.cost import BatchShape, LoraShape, ModelShape, StepCost, bound, keep_lists, step_cost
-from sparselora_hf.measure import StepTimer, peak_memory, reset_peak_memory
+from sparselora_hf.measure import StepTimer, median_step, peak_memory, reset_peak_memory
 
 RESULTS = Path(__file__).parent / "results"
 SCHEDULES = {
@@ -269,15 +269,16 @@ def rows_of(args: argparse.Namespace, argv: list[str]) -> Iterator[dict]:
     costs = {
         v: cost_of(args, v, shape, None if LIGER.get(v, v) == "sft" else t.sparse_handle) for v, t in trainers.items()
     }
-    base = timers[args.variants[0]].steps
+    clock = "cpu" if args.device == "cpu" else "wall"
+    baseline = args.variants[0]
+    base = median_step(timers[baseline].steps)
     for variant in args.variants:
         steps = timers[variant].steps
-        wall, cpu = ([getattr(step, clock) for step in steps] for clock in ("wall", "cpu"))
+        middle = median_step(steps)
         forward = statistics.median(timers[variant].forward_seconds)
-        total = statistics.median(cpu if args.device == "cpu" else wall)
-        limit = bound(costs[args.variants[0]], costs[variant])
-        clock = "cpu" if args.device == "cpu" else "wall"
-        speedup = statistics.median(getattr(s, clock) for s in base) / total
+        limit = bound(costs[baseline], costs[variant])
+        total = getattr(middle, clock)
+        speedup = getattr(base, clock) / total
         yield {
             "variant": variant,
             "model": args.model,
@@ -292,11 +293,11 @@ def rows_of(args: argparse.Namespace, argv: list[str]) -> Iterator[dict]:
             **({} if args.quantization == "none" else {"quantization": args.quantization}),
             **({"adapter": "DoRA"} if args.dora else {}),
             "speedup": round(speedup, 3),
-            "speedup_wall": round(statistics.median(s.wall for s in base) / statistics.median(wall), 3),
+            "speedup_wall": round(base.wall / middle.wall, 3),
             "bound": round(limit, 3),
             "realised": round(speedup / limit, 3),
-            **_quartiles("wall", wall),
-            **_quartiles("cpu", cpu),
+            **_quartiles("wall", [step.wall for step in steps]),
+            **_quartiles("cpu", [step.cpu for step in steps]),
             "forward": round(forward, 4),
             "backward_and_update": round(total - forward, 4),
             "peak_memory": peaks.get(variant),
