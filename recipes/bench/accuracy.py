@@ -22,7 +22,7 @@ import torch
 import transformers
 from accuracy_ablations import StudyTrainer
 from accuracy_arms import ARMS, Arm, config_of, select
-from accuracy_subjects import SUBJECTS, TARGETS
+from accuracy_subjects import SUBJECTS, TARGETS, WORK_DIR
 from peft import LoraConfig
 from rich.console import Console
 from step import RESULTS, append_csv, environment
@@ -47,7 +47,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="optimizer steps in place of the subject's own")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--csv", type=Path, help="left out, accuracy-DEVICE.csv among the results")
-    parser.add_argument("--work-dir", type=Path, default=Path("~/.cache/sparselora-study").expanduser())
+    parser.add_argument("--work-dir", type=Path, default=WORK_DIR)
     parser.add_argument("--list", action="store_true", help="print subjects and arms, and train nothing")
     args = parser.parse_args(argv)
     args.csv = args.csv or RESULTS / f"accuracy-{args.device}.csv"

@@ -14,7 +14,7 @@ import torch
 from accuracy import finished, quieten
 from accuracy_ablations import STUDY, apply
 from accuracy_arms import ARMS, Arm, config_of, select
-from accuracy_subjects import SUBJECTS, TARGETS
+from accuracy_subjects import SUBJECTS, TARGETS, WORK_DIR
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from step import RESULTS, append_csv, environment
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--arms", nargs="+", default=list(GROUPS), help="arms or groups of arms")
     parser.add_argument("--batches", type=int, default=8)
     parser.add_argument("--csv", type=Path, default=RESULTS / "accuracy-forward.csv")
-    parser.add_argument("--work-dir", type=Path, default=Path("~/.cache/sparselora-study").expanduser())
+    parser.add_argument("--work-dir", type=Path, default=WORK_DIR)
     args = parser.parse_args(argv)
     quieten()
     console, done, where = Console(highlight=False), finished(args.csv), environment("cpu")

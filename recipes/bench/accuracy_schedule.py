@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--csv", type=Path, default=RESULTS / "accuracy-schedule.csv")
-    parser.add_argument("--work-dir", type=Path, default=Path("~/.cache/sparselora-study").expanduser())
+    parser.add_argument("--work-dir", type=Path, default=accuracy.WORK_DIR)
     args = parser.parse_args(argv)
     accuracy.quieten()
     subject = accuracy.SUBJECTS[args.subject]

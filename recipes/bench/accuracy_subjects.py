@@ -25,6 +25,7 @@ from sparselora_hf.modules.layout import TrainingLayout
 from sparselora_hf.world import build_tokenizer, finetuning_examples
 
 DATA = Path(os.environ.get("SPARSELORA_DATA", Path(__file__).parents[3] / "shared" / "data"))
+WORK_DIR = Path("~/.cache/sparselora-study").expanduser()
 QUICKSTART = Path(__file__).parents[1] / "quickstart"
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 WORLD_3M = {
@@ -44,7 +45,7 @@ WORLD_50M = {
     "head_dim": 96,
 }
 
-__all__ = ["SUBJECTS", "TEXTS", "Task", "TextSubject", "WorldSubject", "chunks"]
+__all__ = ["SUBJECTS", "TEXTS", "WORK_DIR", "Task", "TextSubject", "WorldSubject", "chunks"]
 
 
 @dataclasses.dataclass(frozen=True)
