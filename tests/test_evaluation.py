@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 import types
 
 import pytest
@@ -518,12 +519,45 @@ def test_verdicts_of_evalplus(tmp_path, monkeypatch):
         assert command[1:] == ["-m", "evalplus.evaluate", "--dataset", "humaneval", "--samples", str(samples)]
         assert not verdicts.exists()
         verdicts.write_text(json.dumps({"eval": told}))
-        # generated code may write what is no text past evalplus's sandbox
+        # generated code may write what is no text past evalplus's guard
         return write([sys.executable, "-c", "import os; os.write(1, b'\\xff'); os.write(2, b'\\xfe')"], **kwargs)
 
     monkeypatch.setattr(subprocess, "run", evalplus)
     figures = run_evalplus(samples)
     assert (figures["score"], figures["plus_score"], figures["total"]) == (50, 16.67, 3)
+
+
+@pytest.mark.parametrize("verdict", [True, False], ids=["judged", "not judged"])
+def test_evalplus_ends_though_generated_code_does_not(tmp_path, monkeypatch, verdict):
+    """Code that writes without end past evalplus, and leaves a process behind: neither waited for nor kept."""
+    samples, left = tmp_path / "humaneval.jsonl", tmp_path / "left"
+    told = json.dumps({"eval": {"HumanEval/0": [{"base_status": "pass", "plus_status": "pass"}]}})
+    program = [
+        "import os, pathlib, sys",
+        "for _ in range(200): os.write(1, b'x' * 2**20)",
+        "process = os.posix_spawn('/bin/sleep', ['sleep', '60'], os.environ)",
+        f"pathlib.Path({str(left)!r}).write_text(str(process))",
+        f"pathlib.Path({str(tmp_path / 'humaneval_eval_results.json')!r}).write_text({told!r})" if verdict else "",
+        "sys.exit('what went wrong')",
+    ]
+    real = subprocess.run
+    monkeypatch.setattr(
+        subprocess, "run", lambda command, **how: real([sys.executable, "-c", "\n".join(program)], **how)
+    )
+    start, tracks = time.monotonic(), tracemalloc.is_tracing()
+    tracemalloc.start()
+    try:
+        if verdict:
+            assert run_evalplus(samples)["score"] == 100
+        else:
+            with pytest.raises(OSError, match=r"no verdicts on .*: what went wrong$"):
+                run_evalplus(samples)
+        assert tracemalloc.get_traced_memory()[1] < 20 * 2**20
+    finally:
+        if not tracks:
+            tracemalloc.stop()
+        os.kill(int(left.read_text()), signal.SIGKILL)
+    assert time.monotonic() - start < 50
 
 
 @pytest.mark.parametrize(

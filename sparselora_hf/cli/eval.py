@@ -1,7 +1,7 @@
 """`sparselora eval`: answer a benchmark's questions with an adapter and score the answers as the paper does.
 
 Answers are written batch by batch: a run that was ended goes on where it was. Generated code is written, never run,
-unless `--run-code` asks for it, and then in evalplus's sandbox.
+unless `--run-code` asks for it, and then by evalplus, whose guard stops accidents and no attack.
 """
 
 import argparse
@@ -41,7 +41,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--load-in-4bit", action="store_true", help="as QLoRA does, where the training noted no other way"
     )
-    parser.add_argument("--run-code", action="store_true", help="run generated code in evalplus's sandbox")
+    parser.add_argument(
+        "--run-code", action="store_true", help="run generated code by evalplus, with your rights: use a container"
+    )
     parser.add_argument("--overwrite", action="store_true", help="answer anew what was answered before")
     return parser
 

@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -14,6 +16,8 @@ from .interval import wilson
 from .tasks import Question
 
 __all__ = ["EXPORTS", "check_evalplus", "run_evalplus", "solution"]
+
+_LAST_WORDS = 4096  # bytes of what evalplus says that an error is looked for in
 
 
 def solution(row: dict[str, Any], answer: str) -> str:
@@ -76,7 +80,7 @@ def check_evalplus(limit: int | None) -> None:
         ValueError: there is a limit.
     """
     if find_spec("evalplus") is None:
-        raise ImportError("Running generated code needs evalplus and its sandbox: pip install evalplus.")
+        raise ImportError("Running generated code needs evalplus: pip install evalplus.")
     if limit is not None:
         raise ValueError(
             "--run-code: evalplus judges HumanEval whole or not at all. Leave out --limit, or --run-code."
@@ -84,7 +88,7 @@ def check_evalplus(limit: int | None) -> None:
 
 
 def run_evalplus(samples: Path) -> dict[str, Any]:
-    """Run the generated code in evalplus's sandbox and read its verdicts.
+    """Run the generated code by evalplus, with the rights of this process, and read its verdicts.
 
     Returns:
         `score` and `interval` for HumanEval's tests, `plus_score` and `plus_interval` for HumanEval+'s, in per cent.
@@ -95,11 +99,14 @@ def run_evalplus(samples: Path) -> dict[str, Any]:
     verdicts = samples.with_name(f"{samples.stem}_eval_results.json")
     verdicts.unlink(missing_ok=True)  # evalplus would take them for those of these samples
     command = [sys.executable, "-m", "evalplus.evaluate", "--dataset", "humaneval", "--samples", str(samples)]
-    # what generated code writes past evalplus's sandbox need not be text
-    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", errors="replace")
+    # what generated code writes past evalplus's guard has no end and need not be text, and processes that it leaves
+    # behind keep a pipe open
+    with tempfile.TemporaryFile() as errors:
+        subprocess.run(command, stdout=subprocess.DEVNULL, stderr=errors)
+        errors.seek(max(0, errors.seek(0, os.SEEK_END) - _LAST_WORDS))
+        last = errors.read().decode(errors="replace").strip() or "it said nothing"
     if not verdicts.is_file():
-        last = (done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()[-1]
-        raise OSError(f"evalplus gave no verdicts on {samples}: {last}")
+        raise OSError(f"evalplus gave no verdicts on {samples}: {last.splitlines()[-1]}")
     return _pass_at_one(json.loads(verdicts.read_text(encoding="utf-8"))["eval"])
 
 
