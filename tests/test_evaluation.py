@@ -23,6 +23,8 @@ from transformers import PreTrainedTokenizerFast
 from zoo import VISION, vision_model
 
 from sparselora_hf.cli.main import main
+from sparselora_hf.cli.recipe import parse
+from sparselora_hf.cli.sft import _note_data
 from sparselora_hf.evaluation.answers import AnswerFile
 from sparselora_hf.evaluation.asking import Asker
 from sparselora_hf.evaluation.exports import run_evalplus, solution
@@ -571,6 +573,26 @@ def test_code_that_could_not_be_judged_is_not_generated(world, tmp_path, capsys,
     call = lambda: run(world, "--task", "humaneval", "--run-code", *flags, "--output", str(out))  # noqa: E731
     assert message in error_of(capsys, call)
     assert not out.exists()
+
+
+@pytest.mark.parametrize("text", ["prompt_format: [alp", "alpaca"], ids=["no YAML", "no settings"])
+def test_damaged_notes_of_a_training_are_named(world, tmp_path, capsys, text):
+    adapter = shutil.copytree(world / "adapter", tmp_path / "adapter")
+    (adapter / "sparselora_data.yaml").write_text(text)
+    call = lambda: main(["eval", str(adapter), "--data", str(world / "data"), "--task", "boolq"])  # noqa: E731
+    assert "sparselora_data.yaml" in error_of(capsys, call)
+
+
+def test_notes_of_a_training_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    """Half of them, or none, would be another prompt format."""
+    recipe = parse(["--model_name_or_path", "m", "--dataset_name", "d", "--output_dir", str(tmp_path)])
+    _note_data(recipe)
+    before = (tmp_path / "sparselora_data.yaml").read_bytes()
+    monkeypatch.setattr(os, "fsync", lambda *_: 1 / 0)
+    recipe.data.prompt_format = "alpaca"
+    with pytest.raises(ZeroDivisionError):
+        _note_data(recipe)
+    assert (tmp_path / "sparselora_data.yaml").read_bytes() == before
 
 
 def test_lm_eval_has_the_rest(world, tmp_path, monkeypatch, capsys):

@@ -50,12 +50,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _notes(folder: str) -> dict[str, Any]:
     """What `sparselora sft` noted beside an adapter, or a whole model: prompt format, settings of quantisation."""
-    import yaml
-
+    from ..config import read_settings
     from .recipe import DATA_FILE
 
     path = Path(folder) / DATA_FILE
-    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_settings(path) if path.is_file() else {}
 
 
 def _sampling(task: Any, args: argparse.Namespace) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers.utils import logging
 
+from ..files import write_atomically
 from .recipe import DATA_FILE, DataArguments, Recipe, parse
 from .settings import configured
 
@@ -181,7 +182,7 @@ def _note_data(recipe: Recipe) -> None:
         told = quantization.to_dict().items()
         notes["quantization"] = {name: value for name, value in told if name.startswith(("load_", "llm_", "bnb_"))}
     path = Path(recipe.training.output_dir) / DATA_FILE
-    path.write_text(yaml.safe_dump(notes), encoding="utf-8")
+    write_atomically(path, yaml.safe_dump(notes).encode())
 
 
 def _forget_replaced(folder: Path, is_adapter: bool) -> None:
