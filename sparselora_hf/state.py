@@ -200,14 +200,14 @@ class SparseState:
             device: device of the model.
             loss_only: the caller promises to use predictions at loss positions alone, which allows the savings
                 ``last_layer`` and ``logits``.
-            routers: the loss balances experts over all tokens that no attention mask hides.
+            routers: the loss balances experts, too, over all tokens that no attention mask hides.
             leaf_inputs: the caller gave embeddings whose gradient may be asked for.
         """
         savings = set(self.config.exact) - self.withheld.keys()
         if not loss_only:
             savings -= {"last_layer", "logits"}
-        if routers and plan.unmasked:
-            savings -= {"padding"}  # routers see it too
+        if routers:  # they see every token of every layer, and padding that nothing hides
+            savings -= {"last_layer", "padding"} if plan.unmasked else {"last_layer"}
         if plan.loss_in_padding:
             savings -= {"padding"}  # a row that may see no token looks at all of them, in attention written out
         if leaf_inputs:

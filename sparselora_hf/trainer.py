@@ -248,12 +248,12 @@ class SparseLoraTrainer(SFTTrainer):
         return getattr(getattr(self, method), "__func__", None) is getattr(SparseLoraTrainer, method)
 
     def _uses_loss_positions_only(self) -> bool:
-        """Whether nothing but predictions at labelled positions is made of the model's output."""
+        """Whether nothing but predictions at labelled positions, and what routers say, is made of a forward."""
         if not self._has_own("compute_loss"):
             return False  # another may read anything
         config = self.model.config
         records = config.output_hidden_states or config.output_attentions
-        return self.compute_loss_func is None and not self.aux_loss_enabled and not records
+        return self.compute_loss_func is None and not records
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """As `Trainer` counts them, whose walk through all modules at every step is taken once a run."""

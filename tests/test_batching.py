@@ -161,3 +161,20 @@ def test_routers_see_padding_that_no_mask_hides(tmp_path, method, monkeypatch):
         trained(tmp_path, config, model=zoo_lora("mixtral"), **settings) for config in (None, SparseLoraConfig())
     )
     assert_same_run(exact, dense)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe with a dense layer", "gpt_oss"])
+def test_logits_are_left_out_where_routers_see_every_token(tmp_path, name):
+    """The balance of experts is made of all tokens of all layers, the rest of the loss of labelled ones alone.
+
+    In float64: a router carries roundings of float32 far.
+    """
+    settings = {"router_aux_loss_coef": 0.5, "max_steps": 2}
+    dense = trained(tmp_path, model=zoo_lora(name, dtype=torch.float64), **settings)
+    model, rows = zoo_lora(name, dtype=torch.float64), []
+    decoder = model.base_model.model.model
+    for module in (decoder.layers[-1], decoder.norm):
+        module.register_forward_hook(lambda module, args, out: rows.append(args[0].shape[:-1].numel()))
+    exact = trained(tmp_path, SparseLoraConfig(), model=model, **settings)
+    assert_same_run(exact, dense)
+    assert all(head < whole for whole, head in zip(rows[::2], rows[1::2], strict=True))
