@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 __all__ = ["check_sparsity", "expand_layers", "kept_channels", "per_layer_sparsity"]
 
-_RANGE = re.compile(r"^\s*(\d+)\s*(?:-\s*(\d+)\s*)?$")
+_RANGE = re.compile(r"^\s*(\d{1,4})\s*(?:-\s*(\d{1,4})\s*)?$")  # a range is spelt out before the model is known
 
 
 def _check_fraction(field: str, value: object) -> float:

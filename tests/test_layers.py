@@ -11,7 +11,7 @@ def test_expand_layers(key, layers):
     assert expand_layers("field", key) == layers
 
 
-@pytest.mark.parametrize("key", ["", "a", "1-", "-2", "1-2-3", "1.5", "1,,2", None, 1.5])
+@pytest.mark.parametrize("key", ["", "a", "1-", "-2", "1-2-3", "1.5", "1,,2", None, 1.5, "0-10000"])
 def test_unreadable_layers(key):
     with pytest.raises(ValueError, match=r"field: .* is no layer range"):
         expand_layers("field", key)
