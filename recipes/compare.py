@@ -75,6 +75,8 @@ def run(method: str, own: argparse.Namespace, others: list[str]) -> tuple[Any, d
     name, flags = METHODS[method]
     measured = ["--logging_steps", "1", "--save_strategy", "no", "--eval_strategy", "no", "--disable_tqdm", "true"]
     recipe = sft.prepare([*others, *flags, *measured, "--output_dir", str(own.output_dir / method)])
+    if recipe.data.dense != ("--dense" in flags):
+        raise ValueError(f"dense: {name} would not be what is trained. Leave it out, --methods says what is dense.")
     keywords = sft.trainer_keywords(recipe)
     rows, held_out = split(keywords["train_dataset"], own.held_out)
     training = recipe.training

@@ -91,3 +91,9 @@ def test_table_has_a_column_for_each_method(compare):
     assert [cell.strip() for cell in lines["time to loss 1.2000, s"]] == ["10.0", "5.0"]
     assert [cell.strip() for cell in lines["gsm8k, %"]] == ["50.0", "25.0"]
     assert [cell.strip() for cell in lines["peak memory, MiB"]] == ["n/a", "n/a"]
+
+
+def test_a_sparse_method_is_not_trained_dense(compare, tmp_path):
+    own, others = compare.parse(["--smoke", "--dense", "--output-dir", str(tmp_path)])
+    with pytest.raises(ValueError, match="dense: SparseLoRA would not be what is trained"):
+        compare.run("sparselora", own, others)

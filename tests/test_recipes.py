@@ -350,6 +350,13 @@ def test_epochs_of_glue(glue_trainer):
         glue_trainer("--num_train_epochs", "1")
 
 
+def test_glue_without_adapters_or_a_model(glue, glue_trainer, tmp_path):
+    with pytest.raises(ValueError, match="use_peft: GLUE trains LoRA adapters"):
+        glue_trainer("--use_peft", "false")
+    with pytest.raises(ValueError, match="Name a model"):
+        glue.main(["--output_dir", str(tmp_path)])
+
+
 def test_glue_metrics_of_known_cases(glue):
     """Worked out by hand: 2 true positives, 1 false positive, 1 false negative, 1 true negative."""
     told, labels = np.array([1, 1, 1, 0, 0]), np.array([1, 1, 0, 1, 0])

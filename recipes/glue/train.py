@@ -129,6 +129,10 @@ def make_trainer(args: GlueArguments, training: Any, model_args: Any, settings: 
     task, name = TASKS[args.task_name], model_args.model_name_or_path
     if args.smoke and name is None:
         name = str(make_model(Path(training.output_dir) / "base", args.smoke_shape, ["Line 1 of sentence."]))
+    if name is None:
+        raise ValueError("Name a model: --model_name_or_path, or model_name_or_path in the recipe.")
+    if not model_args.use_peft:
+        raise ValueError("use_peft: GLUE trains LoRA adapters, dense or sparse. Leave it out.")
     if training.num_train_epochs != type(training).num_train_epochs:
         raise ValueError("num_train_epochs: here the task decides. Say epochs instead.")
     training.num_train_epochs = args.epochs or task.epochs
