@@ -69,6 +69,13 @@ def test_a_study_goes_on_where_it_stopped(bench, tiny, tmp_path):
     assert float(both[1]["flops_sparse"]) < float(both[1]["flops"]) < float(both[0]["flops"]) == 1.0
 
 
+def test_an_empty_file_gets_its_header(bench, tmp_path):
+    (tmp_path / "rows.csv").touch()
+    for number in (1, 2):
+        bench.study.append_csv(tmp_path / "rows.csv", [{"number": number}])
+    assert (tmp_path / "rows.csv").read_text().split() == ["number", "1", "2"]
+
+
 def test_exact_savings_change_no_held_out_loss(bench, tiny, tmp_path):
     losses = {arm: bench.study.run("tiny", arm, 0, None, tmp_path)["heldout_loss"] for arm in ("dense", "exact")}
     losses["untrained"] = bench.study.run("tiny", "untrained", 0, None, tmp_path)["heldout_loss"]

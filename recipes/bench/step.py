@@ -340,12 +340,11 @@ def _cpu_name() -> str:
 
 
 def append_csv(path: Path, rows: list[dict]) -> None:
-    """Append rows; a new file gets the header."""
+    """Append rows; a new file, or an empty one, gets the header."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
     with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        if new:
+        if not file.tell():
             writer.writeheader()
         writer.writerows(rows)
 
