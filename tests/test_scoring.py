@@ -1,9 +1,13 @@
 """Answers scored as a person reads them."""
 
+import re
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sparselora_hf.evaluation import scoring
 from sparselora_hf.evaluation.interval import pass_at_k, wilson
 from sparselora_hf.evaluation.scoring import chosen, is_number, last_number
 
@@ -146,6 +150,23 @@ CHOICES = [
 @pytest.mark.parametrize(("text", "options", "choice"), CHOICES, ids=[repr(text)[:30] for text, *_ in CHOICES])
 def test_the_choice_that_is_named(text, options, choice):
     assert chosen(text, options) == choice
+
+
+NEGATIONS = ("not ", "isn't", "neither ", "rather than ", "instead of\t")
+WORDS = (*NEGATIONS, " ", "\n", "the ", "answer", "is ", ": ", "1", "3", "true", "x", ".")
+
+
+@given(st.lists(st.sampled_from(WORDS), max_size=12).map("".join))
+def test_what_is_ruled_out_has_a_negation_before_it(text):
+    before = re.compile(r"(?:\bnot|n't|\bneither|\brather than|\binstead of)\s+(?:the\s+)?$")
+    words = {match.start() for match in re.finditer(r"(?!the)[a-z0-9]+", text)}
+    assert words & scoring._negated(text) == {place for place in words if before.search(text[:place])}
+
+
+def test_a_long_text_of_numbers_takes_no_time():
+    start = time.process_time()
+    assert chosen("not 3 " + "7 " * 100_000 + "2", ANSWERS) == "answer2"
+    assert time.process_time() - start < 5  # each number by itself, with all before it: minutes
 
 
 def test_wilson_against_the_textbook():

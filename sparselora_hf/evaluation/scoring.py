@@ -28,7 +28,7 @@ _NUMBER = re.compile(
     rf"(?P<value>(?:{_PLAIN})(?:[eE][-+]?[0-9]+)?)"
     rf"(?: ?/ ?(?P<divisor>[0-9]+(?:\.[0-9]+)?))?"
 )
-_NEGATED = re.compile(r"(?:\bnot|n't|\bneither|\brather than|\binstead of)\s+(?:the\s+)?$")
+_NEGATION = re.compile(r"(?:\bnot|n't|\bneither|\brather than|\binstead of)\s+(?:the\s+)?")
 
 
 def own_words(text: str) -> str:
@@ -81,17 +81,23 @@ def chosen(text: str, options: Sequence[str]) -> str | None:
         if named:
             return named
     rest = re.sub(by_name, " ", text)  # what is named and still here was ruled out
-    found = (match for match in re.finditer(r"[0-9]+", rest) if not _NEGATED.search(rest[: match.start()]))
+    negated = _negated(rest)
+    found = (match for match in re.finditer(r"[0-9]+", rest) if match.start() not in negated)
     alone = {match[0] for match in found if match[0] in numbers}
     return numbers[alone.pop()] if len(alone) == 1 else None
+
+
+def _negated(text: str) -> set[int]:
+    """Where in a text a word is ruled out by what stands before it."""
+    return {match.end() for match in _NEGATION.finditer(text)}
 
 
 def _named(text: str, options: dict[str, str], pattern: str = "") -> str | None:
     """The first option that is named and not ruled out; of two, ruling out one names the other."""
     pattern = pattern or rf"\b({'|'.join(options)})\b"
-    ruled_out = []
+    negated, ruled_out = _negated(text), []
     for match in re.finditer(pattern, text):
-        if not _NEGATED.search(text[: match.start()]):
+        if match.start() not in negated:
             return options[match[1]]
         ruled_out.append(options[match[1]])
     left = [option for option in options.values() if option not in ruled_out]
