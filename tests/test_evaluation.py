@@ -810,7 +810,12 @@ def test_a_puzzle_without_its_solution(world, tmp_path, capsys, tests):
 
 def test_no_such_adapter(capsys, tmp_path):
     line = error_of(capsys, lambda: main(["eval", str(tmp_path), "--task", "gsm8k"]))
-    assert f"There is no adapter {tmp_path}" in line
+    assert f"There is no adapter {tmp_path}: no such folder" in line
+
+
+def test_a_whole_model_is_no_adapter(world, capsys):
+    line = error_of(capsys, lambda: main(["eval", str(world / "base"), "--task", "gsm8k"]))
+    assert f"holds a whole model, which --model {world / 'base'} names" in line
 
 
 def test_adapters_in_folders_of_their_own_are_named(capsys, tmp_path):

@@ -34,7 +34,12 @@ def base_of(adapter: str) -> str:
     except (OSError, ValueError) as error:
         # PEFT puts adapters of other names than `default` into folders of their own
         inner = sorted(str(path.parent) for path in Path(adapter).glob("*/adapter_config.json"))
-        remedy = f"those in it are {', '.join(inner)}" if inner else "no such folder, or none that can be reached"
+        if inner:
+            remedy = f"those in it are {', '.join(inner)}"
+        elif (Path(adapter) / "config.json").is_file():
+            remedy = f"the folder holds a whole model, which --model {adapter} names"
+        else:
+            remedy = "no such folder, or none that can be reached"
         raise OSError(f"There is no adapter {adapter}: {remedy}.") from error
     if not base:
         raise ValueError(f"The adapter {adapter} does not name its base model. Name it: --model NAME.")
