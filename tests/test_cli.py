@@ -218,6 +218,7 @@ def test_cpu_trains_in_fp32_unless_told(parse):
         ([], "Name a model"),
         (["--config"], "--config needs the path"),
         (["--config", "missing.yaml"], "missing.yaml"),
+        (["--config", "a.yaml", "--config=b.yaml"], "--config is given twice"),
         (REQUIRED[:2], "Name the data"),
         ([*REQUIRED, "--use_peft", "false"], "SparseLoRA trains LoRA adapters"),
         ([*REQUIRED, "--dataset_streaming"], "Streamed data"),

@@ -177,6 +177,8 @@ def _split_config(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     flags = [part for flag in argv for part in (flag.split("=", 1) if flag.startswith("--config=") else [flag])]
     if "--config" not in flags:
         return flags, {}
+    if flags.count("--config") > 1:
+        raise ValueError("--config is given twice. A recipe takes others in by its `base`.")
     place = flags.index("--config")
     if place + 1 == len(flags):
         raise ValueError("--config needs the path of a recipe.")
