@@ -220,6 +220,7 @@ def test_cpu_trains_in_fp32_unless_told(parse):
         (["--config", "missing.yaml"], "missing.yaml"),
         (["--config", "a.yaml", "--config=b.yaml"], "--config is given twice"),
         (REQUIRED[:2], "Name the data"),
+        ([*REQUIRED, "--output_dir", __file__], f"output_dir: {__file__} is a file"),
         ([*REQUIRED, "--use_peft", "false"], "SparseLoRA trains LoRA adapters"),
         ([*REQUIRED, "--dataset_streaming"], "Streamed data"),
         ([*REQUIRED, "--streaming"], "Streamed data"),

@@ -350,6 +350,11 @@ def test_epochs_of_glue(glue_trainer):
         glue_trainer("--num_train_epochs", "1")
 
 
+def test_glue_trains_on_a_row_at_least(glue_trainer):
+    with pytest.raises(ValueError, match="max_examples: 0 is below 1"):
+        glue_trainer("--max_examples", "0")
+
+
 def test_glue_without_adapters_or_a_model(glue, glue_trainer, tmp_path):
     with pytest.raises(ValueError, match="use_peft: GLUE trains LoRA adapters"):
         glue_trainer("--use_peft", "false")

@@ -96,6 +96,10 @@ class GlueArguments:
     smoke: bool = False
     smoke_shape: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.max_examples is not None and self.max_examples < 1:
+            raise ValueError(f"max_examples: {self.max_examples} is below 1.")
+
 
 def read(args: GlueArguments, task: Task, split: str) -> Any:
     import datasets

@@ -259,6 +259,8 @@ def _check(recipe: Recipe) -> None:
     if not recipe.model.use_peft and not recipe.data.dense:
         raise ValueError("SparseLoRA trains LoRA adapters and use_peft is off. Leave it out, or add --dense.")
     folder = Path(recipe.training.output_dir)
+    if folder.is_file():
+        raise ValueError(f"output_dir: {folder} is a file. Name a folder.")
     if not recipe.model.use_peft and (folder / "adapter_config.json").is_file():
         raise ValueError(
             f"output_dir: {folder} holds an adapter, and transformers would put it on top of the whole model trained "
