@@ -199,6 +199,22 @@ def test_flat_keys_and_section_mean_the_same(parse, tmp_path):
     assert flat == nested == {"mlp_sparsity": {"3-5": 0.9}, "seed": 4, "exact": ["padding"]}
 
 
+@pytest.mark.parametrize(
+    ("given", "want"),
+    [
+        ("q_proj", ["q_proj"]),
+        ("[q_proj]", ["q_proj"]),
+        ("[q_proj, v_proj]", ["q_proj", "v_proj"]),
+        ("all-linear", "all-linear"),
+        (".*q_proj", ".*q_proj"),
+    ],
+    ids=str,
+)
+def test_a_module_alone_is_a_name(parse, tmp_path, given, want):
+    (tmp_path / "recipe.yaml").write_text(f"lora_target_modules: {given}\n")
+    assert parse([*REQUIRED, "--config", str(tmp_path / "recipe.yaml")]).model.lora_target_modules == want
+
+
 def test_without_settings_the_trainer_decides(parse):
     assert parse(REQUIRED).sparse == {}
 

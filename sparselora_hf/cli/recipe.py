@@ -214,6 +214,11 @@ def parse_groups(argv: Sequence[str], groups: Sequence[type], prog: str) -> list
         *arguments, sparse = parser.parse_args_into_dataclasses(args=flags)
     except TypeError as error:  # a flag is text and is converted, a recipe's value is what YAML made of it
         raise ValueError(f"A value of the recipe has another type than its setting: {error}") from error
+    for group in arguments:
+        # TRL makes text of a list of one, and PEFT takes text for a pattern of whole paths
+        target = getattr(group, "lora_target_modules", None)
+        if isinstance(target, str) and target.isidentifier():
+            group.lora_target_modules = [target]
     return [*arguments, sparse_settings(vars(sparse))]
 
 
