@@ -217,7 +217,8 @@ def find_family(model_type: str) -> ModelFamily:
         return FAMILIES[model_type]
     raise ValueError(
         f"Model family {model_type!r} is not known. Known: {', '.join(sorted(FAMILIES))}. "
-        f"If its layers have an MLP, and q/k/v/o projections or none, describe it:\n{_EXAMPLE.format(name=model_type)}"
+        "If its layers have an MLP, and q/k/v/o projections or none, describe it in a script (no flag takes one):"
+        f"\n{_EXAMPLE.format(name=model_type)}"
     )
 
 

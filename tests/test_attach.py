@@ -259,6 +259,7 @@ def test_unknown_family_shows_how_to_describe_one():
     with pytest.raises(ValueError, match=r'ModelFamily\("mamba"') as error:
         find_family("mamba")
     assert "sparsify(model, config, family=family)" in str(error.value)
+    assert "describe it in a script (no flag takes one)" in str(error.value)
 
 
 # report
