@@ -236,8 +236,7 @@ class SparseLoraConfig:
             OSError: no such file.
             ValueError: no YAML, or settings that `from_dict` refuses; the message names the file.
         """
-        path = Path(path)
-        path = path / CONFIG_FILE if path.is_dir() else path
+        path = _settings_file(Path(path))
         values = read_settings(path)
         try:
             return cls.from_dict(values)
@@ -263,8 +262,12 @@ class SparseLoraConfig:
         return path
 
 
+def _settings_file(path: Path) -> Path:
+    return path / CONFIG_FILE if path.is_dir() else path
+
+
 def read_settings(path: Path) -> dict[str, Any]:
-    """Settings in a YAML file, as they stand there.
+    """Settings in a YAML file, or in `sparselora_config.yaml` in a folder, as they stand there.
 
     Raises:
         OSError: no such file.
@@ -272,6 +275,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     """
     import yaml
 
+    path = _settings_file(path)
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:

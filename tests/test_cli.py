@@ -136,9 +136,10 @@ def test_estimate_prints_tables(capsys):
 
 def test_estimate_flags_win_over_a_settings_file(capsys, tmp_path):
     path = SparseLoraConfig(mlp_sparsity=0.5, rank=4, start_step=3, end_step=9).to_yaml(tmp_path)
-    assert main(["estimate", "tiny-229m", "--sparse-config", str(path), "--mlp_sparsity", "0.75", "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)
-    assert (result["config"]["mlp_sparsity"], result["config"]["rank"], result["run_bound"]) == (0.75, 4, None)
+    for given in (path, tmp_path):  # the file, or the folder that it is in
+        assert main(["estimate", "tiny-229m", "--sparse-config", str(given), "--mlp_sparsity", "0.75", "--json"]) == 0
+        result = json.loads(capsys.readouterr().out)
+        assert (result["config"]["mlp_sparsity"], result["config"]["rank"], result["run_bound"]) == (0.75, 4, None)
 
 
 def test_estimate_of_a_configuration_file_without_weights(capsys, tmp_path):

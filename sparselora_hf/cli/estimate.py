@@ -220,7 +220,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="sparselora estimate", description=__doc__.partition(": ")[2], allow_abbrev=False
     )
     parser.add_argument("model", help=f"name on the hub, folder, config.json, or a shape: {', '.join(MODEL_SHAPES)}")
-    parser.add_argument("--sparse-config", type=Path, help="YAML file of settings; flags win over it")
+    parser.add_argument("--sparse-config", type=Path, help="YAML file of settings, or its folder; flags win over it")
     parser.add_argument("--batch", type=positive, default=8, help="rows of a batch")
     parser.add_argument("--sequence", type=positive, default=512, help="tokens of a row")
     parser.add_argument("--output", type=positive, default=128, help="answer tokens of a row")
