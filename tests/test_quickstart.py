@@ -6,7 +6,8 @@ from helpers import tiny_model
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from sparselora_hf import comparison
+from sparselora_hf import SparseLoraConfig, comparison
+from sparselora_hf.cli import quickstart
 from sparselora_hf.cli.main import main
 from sparselora_hf.world import build_tokenizer, finetuning_examples
 
@@ -42,6 +43,15 @@ def test_report_picture_and_adapters(folder, capsys):
     assert "SparseLoraTrainer" in capsys.readouterr().out
     for name in ("dense", "sparse"):
         PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder / "model"), folder / "out" / name)
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["own model", "another model"])
+def test_settings_without_a_schedule_change_the_default(folder, own):
+    settings = folder / "sparse.yaml"
+    settings.write_text("start_step: 2\n")
+    argv = ["--sparse-config", str(settings), *([] if own else ["--model", str(folder / "model")])]
+    default = SparseLoraConfig.from_dict(quickstart.SPARSE) if own else SparseLoraConfig.default(4, 64)
+    assert quickstart._sparse(quickstart._parser().parse_args(argv)) == default.replace(start_step=2)
 
 
 def test_dataset_of_the_users_own(folder):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..formats import FORMATS
-from .settings import positive
+from .settings import SCHEDULE, configured, positive
 
 if TYPE_CHECKING:
     from ..comparison import Outcome
@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="peak of a cosine schedule")
     parser.add_argument("--max-length", type=positive, default=512, help="tokens at which rows are cut")
     parser.add_argument("--test-rows", type=int, default=200, help="held-out rows for exact match, 0 for none")
-    parser.add_argument("--sparse-config", type=Path, help="YAML of a SparseLoraConfig; left out, a safe default")
+    parser.add_argument("--sparse-config", type=Path, help="YAML of settings; a schedule left out is a safe default's")
     parser.add_argument("--seed", type=int, default=0, help="of adapters, data and its order")
     return parser
 
@@ -102,11 +102,20 @@ def _task(args: argparse.Namespace) -> Task:
 
 
 def _sparse(args: argparse.Namespace) -> Any:
-    from ..config import SparseLoraConfig
+    from ..config import SparseLoraConfig, read_settings
 
-    if args.sparse_config is not None:
-        return SparseLoraConfig.from_yaml(args.sparse_config)
-    return SparseLoraConfig.from_dict(SPARSE) if args.model == str(ASSETS) else None
+    default = SparseLoraConfig.from_dict(SPARSE) if args.model == str(ASSETS) else None
+    if args.sparse_config is None:
+        return default
+    stored, given = SparseLoraConfig.from_yaml(args.sparse_config), read_settings(args.sparse_config)
+    if any(name in given for name in SCHEDULE):
+        return stored
+    if default is not None:
+        return default.replace(**given)
+    from transformers import AutoConfig
+
+    shape = AutoConfig.from_pretrained(args.model).get_text_config()
+    return configured(given, shape.num_hidden_layers, shape.hidden_size)
 
 
 def _model(name: str) -> Any:
