@@ -16,7 +16,7 @@ from sparselora_hf.ops.branch import Branch
 from sparselora_hf.ops.context import ContextPart, context_linear
 from sparselora_hf.ops.mixed_mlp import FrozenMlp, mixed_mlp
 from sparselora_hf.ops.mlp import KeptChannels, MlpWeights, StandIn, kept_mlp
-from sparselora_hf.ops.projection import MixedRows, projection
+from sparselora_hf.ops.projection import Frozen, MixedRows, projections
 from sparselora_hf.ops.rms import lean_rms_norm
 from sparselora_hf.ops.rows import fork_rows, overlay_rows
 from sparselora_hf.svd import LowRank
@@ -71,7 +71,8 @@ def test_projection(counts, over_outputs, dtype):
 
     def op(x, kernels):
         rows = MixedRows(output, ContextPart(context, index, over_outputs, sum(counts), kernels), stand_in)
-        return projection(x, weight, bias, dtype, branch, rows)
+        [y] = projections(x, [Frozen(weight, bias, branch, rows)], dtype)
+        return y
 
     (y, grad), (y_want, grad_want) = both(op, x)
     assert_near(y, y_want, dtype)
