@@ -348,7 +348,7 @@ def test_error_of_an_unknown_family_holds_a_runnable_example(batch):
     model.get_base_model().config.model_type = "llamoid"
     with pytest.raises(ValueError, match=r"Known: apertus, .*starcoder2") as error:
         sparsify(model, SPARSE)
-    example = textwrap.dedent(str(error.value).split("describe it:\n")[1])
+    example = textwrap.dedent(str(error.value).split("takes one):\n")[1])
     assert "qk_norm=True if it normalises" in example
     names = {"model": model, "config": SPARSE}
     exec(example, names)  # as a user would paste it
