@@ -31,6 +31,8 @@ class SparseLoraCallback(TrainerCallback):
             With a configuration the callback sparsifies the Trainer's model when the Trainer is made (or when training
             begins, if the callback is added later) and restores it when training ends.
         model_family: with a configuration, description of a model family that is not in the table.
+        loss_only: as `SparseLoraHandle.loss_only`. A plain `Trainer` reads nothing but the loss, unless `compute_loss`
+            or a callback looks at the outputs of training forwards.
 
     Attributes:
         handle: the handle of the model in training. With a configuration it is None before the model is sparsified
@@ -46,11 +48,17 @@ class SparseLoraCallback(TrainerCallback):
         >>> Trainer(model, args, train_dataset=data, callbacks=[SparseLoraCallback(config)]).train()
     """
 
-    def __init__(self, sparse: SparseLoraHandle | SparseLoraConfig, model_family: ModelFamily | None = None) -> None:
+    def __init__(
+        self,
+        sparse: SparseLoraHandle | SparseLoraConfig,
+        model_family: ModelFamily | None = None,
+        loss_only: bool = False,
+    ) -> None:
         if not isinstance(sparse, SparseLoraHandle):
             check_settings(sparse)
         self._config = sparse if isinstance(sparse, SparseLoraConfig) else None
         self._family = model_family
+        self._loss_only = loss_only
         self.handle = None if self._config else sparse
 
     def on_init_end(self, args, state, control, model=None, **kwargs) -> None:
@@ -58,6 +66,7 @@ class SparseLoraCallback(TrainerCallback):
         if self.handle is None or (self._config and not self.handle.is_attached):
             self.handle = sparsify(model, self._config, family=self._family)
             logger.info("SparseLoRA:\n" + self.handle.report())
+        self.handle.loss_only |= self._loss_only
 
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
         """Resolve the schedule against the length of the run; refuse engines that a sparse model does not run in."""

@@ -81,6 +81,19 @@ class SparseLoraHandle:
         return self.state.enabled
 
     @property
+    def loss_only(self) -> bool:
+        """A promise, False unless set: of the outputs of training forwards nothing but the loss is read.
+
+        The exact savings `last_layer` and `logits` need it: a causal model of transformers then gives logits
+        ``[1, L + 1, V]``, of its L labelled positions and one more. `SparseLoraTrainer` does without.
+        """
+        return self.state.loss_only
+
+    @loss_only.setter
+    def loss_only(self, promised: bool) -> None:
+        self.state.loss_only = promised
+
+    @property
     def is_attached(self) -> bool:
         """Whether the model is patched: until `restore` is called."""
         return bool(self._hooks)

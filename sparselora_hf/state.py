@@ -178,7 +178,8 @@ class SparseState:
         self.pinned = False  # the trainer began the batch: forwards leave it alone
         self.pinned_to: Pin | None = None  # but those of other inputs than these
         self.set_aside: list[ActiveBatch | None] = []  # batches that wait for forwards without gradients to end
-        self.compact = False  # the decoder's final norm passes loss rows on and no others
+        self.loss_only = False  # the caller promises to read nothing but the loss of a forward
+        self.head_rows: torch.Tensor | None = None  # all that the decoder's final norm passes on, None for every row
         self.step = 0
         self.meter = meter
         self._fixed: dict[tuple[int, str], tuple[torch.Tensor, ChannelSelection]] = {}  # scores, and their channels
@@ -276,8 +277,8 @@ class SparseState:
         self.end()
         self.set_aside.clear()
         self._fixed.clear()
-        self.enabled = self.pinned = self.compact = False
-        self.pinned_to = None
+        self.enabled = self.pinned = False
+        self.pinned_to = self.head_rows = None
 
 
 @dataclasses.dataclass

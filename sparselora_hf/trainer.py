@@ -230,11 +230,11 @@ class SparseLoraTrainer(SFTTrainer):
         if not self._compacts(inputs, return_outputs):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs["shift_labels"] = state.batch.plan.head_targets[None]
-        state.compact = True
+        state.head_rows = state.batch.plan.head_rows
         try:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         finally:
-            state.compact = False
+            state.head_rows = None
 
     def _compacts(self, inputs: dict[str, Any], return_outputs: bool) -> bool:
         batch = self.sparse_handle.state.batch

@@ -169,6 +169,24 @@ def test_without_sparsity_nothing_changes(tmp_path):
     assert not any(watch.seen)
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_where_nothing_but_the_loss_is_read_the_head_sees_labelled_rows(tmp_path, accumulation):
+    """As a plain Trainer's does: losses are the same, and evaluation has all logits."""
+    settings = {"gradient_accumulation_steps": accumulation, "eval_strategy": "steps", "eval_steps": 3}
+    runs, shapes = [], []
+    for callbacks in ([], [SparseLoraCallback(SparseLoraConfig(), loss_only=True)]):
+        model = lora_model()
+        shapes.append([])
+        seen = shapes[-1]
+        model.register_forward_hook(lambda m, args, out, seen=seen: seen.append((m.training, *out.logits.shape[:2])))
+        trainer = make_trainer(tmp_path, model, callbacks, **settings)
+        trainer.train()
+        runs.append([log[name] for log in trainer.state.log_history for name in ("loss", "eval_loss") if name in log])
+    assert runs[1] == pytest.approx(runs[0], rel=1e-5)
+    assert set(shapes[0]) == {(True, 2, 11), (False, 4, 11)}
+    assert set(shapes[1]) == {(True, 1, 7), (False, 4, 11)}
+
+
 def test_figures_join_the_log(tmp_path):
     trainer, _, _ = run(tmp_path, SPARSE)
     logs = [log for log in trainer.state.log_history if "loss" in log]

@@ -125,7 +125,7 @@ def exactly(model, batch, config):
         plan = TokenPlan.from_batch(batch["labels"], batch["attention_mask"])
         handle.set_enabled(True)
         handle.state.begin(plan, batch["labels"].device, loss_only=True)
-        handle.state.pinned = handle.state.compact = True
+        handle.state.pinned, handle.state.head_rows = True, plan.head_rows
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         logits = model(**inputs).logits
         assert logits.shape[:2] == (1, len(plan.loss))
@@ -143,6 +143,12 @@ def test_exact_savings_change_nothing(name, side):
         model.double()
     want = run(model, batch)[1]
     assert_same(exactly(model, batch, SPARSE.replace(mlp_sparsity=0.0, attention_sparsity=0.0)), want, 1e-4)
+    want, shapes = loss_and_gradients(model, batch), []  # the model's own loss
+    with sparsify(model, SparseLoraConfig(), progress=False) as handle:
+        handle.loss_only = True
+        model.register_forward_hook(lambda module, args, output: shapes.append(output.logits.shape[:2]))
+        assert_same(loss_and_gradients(model, batch), want, 1e-4)
+    assert shapes == [(1, int((batch["labels"][:, 1:] >= 0).sum()) + 1)]
 
 
 @every_model

@@ -253,11 +253,11 @@ def test_a_run_that_ends_in_an_error(tmp_path, place, error):
     with pytest.raises(type(error)):
         trainer.train()
     state = trainer.sparse_handle.state
-    assert (state.enabled, state.batch, state.pinned, state.compact, state.set_aside) == (
+    assert (state.enabled, state.batch, state.pinned, state.head_rows, state.set_aside) == (
         False,
         None,
         False,
-        False,
+        None,
         [],
     )
     dense = make_trainer(tmp_path / "dense", eval_dataset=examples(2)).evaluate()["eval_loss"]

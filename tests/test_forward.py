@@ -438,3 +438,46 @@ def test_half_precision(batch, dtype):
         loss, grads = loss_and_gradients(model, batch)
     assert abs(float(loss - want)) < 0.2 * float(want)
     assert all(grad.isfinite().all() for grad in grads.values())
+
+
+def head_shape(model, batch, **more):
+    """Loss and shape of the logits of a training forward."""
+    output = model.train()(**batch, **more)
+    return output.loss.item(), output.logits.shape[:2]
+
+
+def test_a_promise_to_read_the_loss_alone(batch):
+    """Kept to where the model's own loss is made of logits and labels by their places, and of nothing else."""
+    model = lora_model()
+    want, whole = head_shape(model, batch)
+    few = (1, int((batch["labels"][:, 1:] >= 0).sum()) + 1)
+    with sparsify(model, SparseLoraConfig()) as handle:
+        assert head_shape(model, batch)[1] == whole  # not promised
+        handle.loss_only = True
+        assert head_shape(model, batch) == (pytest.approx(want, rel=1e-6), few)
+        assert head_shape(model, batch, output_hidden_states=True)[1] == whole
+        assert head_shape(model, batch, shift_labels=batch["labels"])[1] == whole
+        assert logits(model.train(), batch).shape[:2] == whole  # without gradients
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        base = model.train().get_base_model()
+        assert base(ids, mask, labels=batch["labels"]).logits.shape[:2] == whole  # given by place
+        assert base(input_ids=ids, attention_mask=mask, labels=batch["labels"]).logits.shape[:2] == few
+        assert model(ids, mask).logits.shape[:2] == whole  # no labels
+        assert logits(model.eval(), batch).shape[:2] == whole
+        assert head_shape(model, batch)[1] == few  # and so on
+    with sparsify(model, SparseLoraConfig(exact=("last_layer",))) as handle:
+        handle.loss_only = True
+        assert head_shape(model, batch) == (pytest.approx(want, rel=1e-6), whole)
+    assert head_shape(model, batch)[1] == whole
+
+
+def test_a_forward_that_fails_leaves_no_rows_to_the_next(batch):
+    model = lora_model()
+    with sparsify(model, SparseLoraConfig()) as handle:
+        handle.loss_only = True
+        broken = model.get_base_model().lm_head.register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model.train()(**batch)
+        broken.remove()
+        assert handle.state.head_rows is None
+        assert logits(model.eval(), batch).shape[:2] == batch["input_ids"].shape

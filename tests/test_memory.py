@@ -59,14 +59,14 @@ class _StateAfterStep(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         sparse = self.trainer.sparse_handle.state
-        self.seen.append((sparse.batch, sparse.pinned, sparse.compact))
+        self.seen.append((sparse.batch, sparse.pinned, sparse.head_rows))
 
 
 def test_a_batch_is_let_go_with_its_step(tmp_path):
     watch = _StateAfterStep()
     watch.trainer = make_trainer(tmp_path, SPARSE.replace(start_step=0), max_steps=2, callbacks=[watch])
     watch.trainer.train()
-    assert watch.seen == [(None, False, False)] * 2
+    assert watch.seen == [(None, False, None)] * 2
 
 
 def test_channel_sets_of_a_batch_go_with_it():

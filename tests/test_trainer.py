@@ -464,7 +464,7 @@ def test_model_is_dense_after_a_crash(tmp_path):
     with pytest.raises(TypeError):
         trainer.train()
     state = trainer.sparse_handle.state
-    assert (state.enabled, state.batch, state.pinned, state.compact) == (False, None, False, False)
+    assert (state.enabled, state.batch, state.pinned, state.head_rows) == (False, None, False, None)
 
 
 class _RestoreAfter(TrainerCallback):

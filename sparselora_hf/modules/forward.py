@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..plan import TokenPlan
+from ..plan import IGNORE_INDEX, TokenPlan
 from ..state import SparseState
 
 __all__ = ["ForwardHook"]
@@ -54,15 +54,18 @@ class ForwardHook:
         ]
 
     @torch.compiler.disable
-    def before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Decide on the batch of this forward."""
+    def before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Decide on the batch of this forward; where only its loss is read, let the head see labelled rows alone."""
         self.state.set_aside.append(self.state.batch)
-        kwargs = _named(module, args, kwargs)
+        by_place, kwargs = args, _named(module, args, kwargs)
         if not module.training or not torch.is_grad_enabled():
             self._warn_in_evaluation_mode(module, kwargs)
             self.state.end()
         elif not self._takes_up_pinned(kwargs):
-            self._begin(module, kwargs)
+            self._begin(module, kwargs, loss_only=self.state.loss_only and not by_place and _shifts_labels(module))
+            if self.state.head_rows is not None:
+                return (), {**kwargs, "labels": self._head_labels()}
+        return None
 
     @torch.compiler.disable
     def before_decoder(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -81,6 +84,8 @@ class ForwardHook:
     @torch.compiler.disable
     def after(self, module: nn.Module, args: tuple, output: object) -> None:
         """Bring the batch back that a dense forward had set aside."""
+        if not self.state.pinned:
+            self.state.head_rows = None
         before = self.state.set_aside.pop() if self.state.set_aside else None
         if self.state.batch is None:
             self.state.batch = before
@@ -113,7 +118,12 @@ class ForwardHook:
             self.state.batch = pin.batch
         return fits
 
-    def _begin(self, module: nn.Module, kwargs: dict) -> None:
+    def _head_labels(self) -> torch.Tensor:
+        """``[1, L + 1]``, for a loss that holds each row against the label behind it: the last row has none."""
+        targets = self.state.batch.plan.head_targets
+        return nn.functional.pad(targets, (1, 0), value=IGNORE_INDEX)[None]
+
+    def _begin(self, module: nn.Module, kwargs: dict, loss_only: bool) -> None:
         labels, ids, pools = kwargs.get("labels"), kwargs.get("input_ids"), _pools(module)
         if labels is None or not (ids is not None if pools else _is_per_token(labels, kwargs)):
             self.state.end()
@@ -123,13 +133,17 @@ class ForwardHook:
             plan = TokenPlan.of_inputs(kwargs, self.state.config.token_rule)
             routers, embeds = _balances_experts(module, kwargs), kwargs.get("inputs_embeds")
             leaf_inputs = embeds is not None and embeds.requires_grad
-            self.state.begin(plan, labels.device, routers=routers, leaf_inputs=leaf_inputs)
+            loss_only = loss_only and not _records(module, kwargs) and "shift_labels" not in kwargs
+            batch = self.state.begin(
+                plan, labels.device, loss_only=loss_only, routers=routers, leaf_inputs=leaf_inputs
+            )
+            if "logits" in batch.savings:
+                self.state.head_rows = nn.functional.pad(batch.plan.head_rows, (0, 1))
             return
         pad_token_id = module.config.get_text_config().pad_token_id
         plan = TokenPlan.of_pooled(ids, kwargs.get("attention_mask"), pad_token_id)
         # nothing but the pooled states is made of the model's output, unless it records more
-        records = any(_is_asked(module, kwargs, name) for name in ("output_hidden_states", "output_attentions"))
-        self.state.begin(plan, labels.device, loss_only=not records)
+        self.state.begin(plan, labels.device, loss_only=not _records(module, kwargs))
 
 
 def _balances_experts(model: nn.Module, kwargs: dict) -> bool:
@@ -144,11 +158,25 @@ def _is_asked(model: nn.Module, kwargs: dict, name: str) -> bool:
     return bool(getattr(model.config, name) if asked is None else asked)
 
 
+def _records(model: nn.Module, kwargs: dict) -> bool:
+    """Whether a forward gives states or attentions of all layers beside its logits."""
+    return any(_is_asked(model, kwargs, name) for name in ("output_hidden_states", "output_attentions"))
+
+
 def _pools(model: nn.Module) -> bool:
     """Whether a model reads one known token of each sequence, as transformers' classifiers do; others may read any."""
+    return _has_forward_of(model, "ForSequenceClassification")
+
+
+def _shifts_labels(model: nn.Module) -> bool:
+    """Whether a model's loss holds each row of its logits against the label behind it and is made of nothing else."""
+    return _has_forward_of(model, "ForCausalLM")
+
+
+def _has_forward_of(model: nn.Module, kind: str) -> bool:
+    """Whether a model has the forward that transformers gives this kind of models, and not one of others' making."""
     forward = type(model if isinstance(model, PreTrainedModel) else model.model).forward  # inside PEFT's tuner
-    own = forward.__qualname__.endswith("ForSequenceClassification.forward")
-    return own and forward.__module__.startswith("transformers.")
+    return forward.__qualname__.endswith(f"{kind}.forward") and forward.__module__.startswith("transformers.")
 
 
 def _is_per_token(labels: torch.Tensor, kwargs: dict) -> bool:

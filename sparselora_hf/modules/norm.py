@@ -9,7 +9,7 @@ __all__ = ["CompactHook"]
 
 
 class CompactHook:
-    """Forward pre-hook: hidden states ``[B, S, H]`` become the loss rows ``[1, L, H]`` while the state asks for it.
+    """Forward pre-hook: hidden states ``[B, S, H]`` become the rows ``[1, L, H]`` that the state asks for.
 
     A decoder may call the same norm on its embeddings, too: nothing is left out before the last layer has been called.
     """
@@ -30,7 +30,8 @@ class CompactHook:
     @torch.compiler.disable
     def __call__(self, module: nn.Module, args: tuple) -> tuple | None:
         """Replace the norm's input."""
-        if not self.state.compact or self.state.batch is None or not self.state.batch.is_at_last_layer:
+        rows = self.state.head_rows
+        if rows is None or self.state.batch is None or not self.state.batch.is_at_last_layer:
             return None
         hidden, *rest = args
-        return (hidden.reshape(-1, hidden.shape[-1])[self.state.batch.plan.head_rows.to(hidden.device)][None], *rest)
+        return (hidden.reshape(-1, hidden.shape[-1])[rows.to(hidden.device)][None], *rest)
