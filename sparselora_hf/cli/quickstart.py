@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..formats import FORMATS
-from .settings import SCHEDULE, configured, positive
+from .settings import configured, laid_over, positive
 
 if TYPE_CHECKING:
     from ..comparison import Outcome
@@ -107,11 +107,10 @@ def _sparse(args: argparse.Namespace) -> Any:
     default = SparseLoraConfig.from_dict(SPARSE) if args.model == str(ASSETS) else None
     if args.sparse_config is None:
         return default
-    stored, given = SparseLoraConfig.from_yaml(args.sparse_config), read_settings(args.sparse_config)
-    if any(name in given for name in SCHEDULE):
-        return stored
+    SparseLoraConfig.from_yaml(args.sparse_config)  # its errors name the file
+    given = read_settings(args.sparse_config)
     if default is not None:
-        return default.replace(**given)
+        return laid_over(given, default)
     from transformers import AutoConfig
 
     shape = AutoConfig.from_pretrained(args.model).get_text_config()

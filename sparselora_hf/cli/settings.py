@@ -20,6 +20,7 @@ __all__ = [
     "add_sparse_arguments",
     "argument_name",
     "configured",
+    "laid_over",
     "positive",
     "sparse_arguments",
     "sparse_settings",
@@ -118,14 +119,19 @@ def sparse_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     return given
 
 
+def laid_over(given: Mapping[str, Any], default: SparseLoraConfig) -> SparseLoraConfig:
+    """A configuration of settings by field names; those that name no schedule change a default."""
+    if any(name in given for name in SCHEDULE):
+        return SparseLoraConfig.from_dict(given)
+    return default.replace(**given)
+
+
 def configured(given: Mapping[str, Any], layers: int, hidden: int) -> SparseLoraConfig:
-    """The configuration of a model: settings that name no schedule change the model's default.
+    """The configuration of a model: settings laid over the model's default.
 
     Args:
         given: what `sparse_settings` returns.
         layers: decoder layers of the model.
         hidden: width of its residual stream.
     """
-    if any(name in given for name in SCHEDULE):
-        return SparseLoraConfig.from_dict(given)
-    return SparseLoraConfig.default(layers, hidden).replace(**given)
+    return laid_over(given, SparseLoraConfig.default(layers, hidden))
