@@ -14,7 +14,15 @@ from .files import write_atomically
 from .layers import check_sparsity, per_layer_sparsity
 from .presets import get_preset
 
-__all__ = ["CONFIG_FILE", "EXACT_SAVINGS", "SparseLoraConfig", "check_settings", "read_settings"]
+__all__ = [
+    "CONFIG_FILE",
+    "EXACT_SAVINGS",
+    "TOKEN_RULES",
+    "SparseLoraConfig",
+    "check_choice",
+    "check_settings",
+    "read_settings",
+]
 
 CONFIG_FILE = "sparselora_config.yaml"
 EXACT_SAVINGS = (
@@ -28,6 +36,7 @@ EXACT_SAVINGS = (
     "recomputation",
     "rotary",
 )
+TOKEN_RULES = ("label_or_predictor", "label")
 
 # what dense steps gather depends on these
 _TEACHING = (
@@ -47,7 +56,7 @@ _CHOICES = {
     "criterion": ("svd", "svd_mean", "svd_whitened", "sampled", "static", "output", "oracle", "random"),
     "kernels": ("auto", "torch", "triton"),
     "lora_branch": ("dense", "sliced"),
-    "token_rule": ("label_or_predictor", "label"),
+    "token_rule": TOKEN_RULES,
 }
 
 
@@ -119,7 +128,7 @@ class SparseLoraConfig:
             check_sparsity(field, getattr(self, field))
             self._set(field, _plain_sparsity(getattr(self, field)))
         for field, allowed in _CHOICES.items():
-            _check_choice(field, getattr(self, field), allowed)
+            check_choice(field, getattr(self, field), allowed)
         for field in ("rank", "compensation_rank", "calibration_tokens"):
             _check_positive(field, getattr(self, field))
         if self.score_tokens is not None:
@@ -294,7 +303,8 @@ def check_settings(value: object) -> None:
         )
 
 
-def _check_choice(field: str, value: object, allowed: tuple[str, ...]) -> None:
+def check_choice(field: str, value: object, allowed: tuple[str, ...]) -> None:
+    """Raise ValueError where a value is none of those allowed."""
     if value not in allowed:
         raise ValueError(f"{field}: {value!r} is not one of {', '.join(allowed)}.")
 
@@ -334,5 +344,5 @@ def _exact_names(value: object) -> tuple[str, ...]:
         raise TypeError(f"exact: {value!r} must be True, False or names.")
     names = (value,) if isinstance(value, str) else tuple(value)
     for name in names:
-        _check_choice("exact", name, EXACT_SAVINGS)
+        check_choice("exact", name, EXACT_SAVINGS)
     return tuple(sorted(set(names)))

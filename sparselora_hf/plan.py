@@ -10,12 +10,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from .config import TOKEN_RULES, check_choice
 from .ops.transfer import to_device
 
-__all__ = ["IGNORE_INDEX", "PLANNED_BY", "TOKEN_RULES", "TokenPlan"]
+__all__ = ["IGNORE_INDEX", "PLANNED_BY", "TokenPlan"]
 
 IGNORE_INDEX = -100
-TOKEN_RULES = ("label_or_predictor", "label")
 PLANNED_BY = ("labels", "attention_mask", "position_ids", "shift_labels")  # what of a batch its plan is made from
 
 
@@ -86,8 +86,7 @@ class TokenPlan:
             ValueError: labels of another shape, or an unknown token rule.
         """
         _check_2d("labels", labels)
-        if token_rule not in TOKEN_RULES:
-            raise ValueError(f"token_rule: {token_rule!r} is not one of {', '.join(TOKEN_RULES)}.")
+        check_choice("token_rule", token_rule, TOKEN_RULES)
         if shift_labels is None:
             labels = labels.detach().cpu()
             targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)

@@ -57,12 +57,12 @@ class ForwardHook:
     def before(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Decide on the batch of this forward; where only its loss is read, let the head see labelled rows alone."""
         self.state.set_aside.append(self.state.batch)
-        by_place, kwargs = args, _named(module, args, kwargs)
+        kwargs = _named(module, args, kwargs)
         if not module.training or not torch.is_grad_enabled():
             self._warn_in_evaluation_mode(module, kwargs)
             self.state.end()
         elif not self._takes_up_pinned(kwargs):
-            self._begin(module, kwargs, loss_only=self.state.loss_only and not by_place and _shifts_labels(module))
+            self._begin(module, kwargs, loss_only=self.state.loss_only and not args and _shifts_labels(module))
             if self.state.head_rows is not None:
                 return (), {**kwargs, "labels": self._head_labels()}
         return None
