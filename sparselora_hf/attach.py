@@ -20,6 +20,7 @@ from .criteria import CRITERIA
 from .decoder import Layer, causal_model, decoder_layers, language_decoder
 from .distributed import rank_and_world
 from .families import ModelFamily, find_family
+from .graphs.series import Graphs
 from .handle import Decision, SparseLoraHandle
 from .kernels.runtime import blocker
 from .meter import Meter, MeteredPart
@@ -31,6 +32,7 @@ from .modules.classes import Patched, patch
 from .modules.detach import DetachHook
 from .modules.forward import ForwardHook
 from .modules.gate import lean_mlps
+from .modules.graph import graphed_layers
 from .modules.layout import TrainingLayout
 from .modules.linear import SparseLinear
 from .modules.mask import MaskHook
@@ -196,6 +198,7 @@ def attach(
         _keep_averages(handle)
         _make_lean(handle, layers)
         _keep_attention(handle)
+        _record(handle, layers)
     except BaseException:
         handle.restore()
         raise
@@ -353,6 +356,20 @@ def _keep_attention(handle: SparseLoraHandle) -> None:
         handle._hooks += KeepAttention(handle.state, handle.family).register(language_decoder(handle.model))
     else:
         handle.state.withheld["recomputation"] = "on a GPU it would save little time and cost memory"
+
+
+def _record(handle: SparseLoraHandle, layers: list[Layer]) -> None:
+    """CUDA graphs of the layers that are the same for every batch: what the last one computes follows its labels."""
+    if not handle.config.cuda_graphs:
+        return
+    obstacle = 'criterion "random" draws on the host' if handle.config.criterion == "random" else ""
+    fit = [] if obstacle else [layer for layer in layers[:-1] if layer.attends and not layer.experts]
+    if not fit:
+        reason = obstacle or "no layer but experts and mixers"
+        logger.warning(f"SparseLoRA: cuda_graphs is of no effect: {reason}.")
+        return
+    handle.state.graphs = Graphs()
+    handle._hooks.append(graphed_layers(handle.state, [(layer.number, layer.module) for layer in fit]))
 
 
 def _trained_below(model: nn.Module, layers: nn.Module, norm: nn.Module) -> str:

@@ -18,15 +18,18 @@ class PlanCollator:
     Args:
         collator: the collator in use.
         token_rule: see `SparseLoraConfig`.
+        rounds: whether plans are rounded, for CUDA graphs.
     """
 
-    def __init__(self, collator: Callable[[list], dict[str, Any]], token_rule: str) -> None:
+    def __init__(self, collator: Callable[[list], dict[str, Any]], token_rule: str, rounds: bool = False) -> None:
         self.collator = collator
         self.token_rule = token_rule
+        self.rounds = rounds
 
     def __call__(self, examples: list) -> dict[str, Any]:
         """Collate, then plan."""
         batch = self.collator(examples)
         if "labels" in batch:
-            batch[PLAN_KEY] = TokenPlan.of_inputs(batch, self.token_rule)
+            plan = TokenPlan.of_inputs(batch, self.token_rule)
+            batch[PLAN_KEY] = plan.rounded() if self.rounds else plan
         return batch

@@ -97,6 +97,8 @@ class SparseLoraConfig:
             yours has to leave them out.
         dense_if_slower: run a layer dense when its shapes promise no gain from sparsity.
         kernels: ``auto``, ``torch`` or ``triton``.
+        cuda_graphs: record what the decoder layers do with a batch and replay it for batches of the same shape, which
+            a GPU that waits for its host gains from (README). Rows are rounded so that shapes repeat.
         seed: seed of the randomised SVD, the ``random`` criterion and the statistics' reservoir.
         cache_dir: folder of the SVD cache; None is ``$SPARSELORA_CACHE`` or the user's cache folder.
 
@@ -120,6 +122,7 @@ class SparseLoraConfig:
     exact: bool | tuple[str, ...] = True
     dense_if_slower: bool = True
     kernels: str = "auto"
+    cuda_graphs: bool = False
     seed: int = 0
     cache_dir: str | None = None
 
@@ -137,8 +140,9 @@ class SparseLoraConfig:
             raise TypeError(f"seed: {self.seed!r} must be a whole number.")
         if not 0 <= self.seed < 1 << 32:
             raise ValueError(f"seed: {self.seed} is not between 0 and {(1 << 32) - 1}.")
-        if not isinstance(self.dense_if_slower, bool):
-            raise TypeError(f"dense_if_slower: {self.dense_if_slower!r} must be True or False.")
+        for field in ("dense_if_slower", "cuda_graphs"):
+            if not isinstance(getattr(self, field), bool):
+                raise TypeError(f"{field}: {getattr(self, field)!r} must be True or False.")
         if self.cache_dir is not None:
             self._set("cache_dir", _plain_path(self.cache_dir))
         for field in ("start_step", "end_step"):

@@ -224,6 +224,7 @@ class SparseLoraHandle:
             with whole_weights(layer.module, self.model), torch.autocast(self.device.type, enabled=False):
                 self._fit_layer(layer)
         tokens = calibration.finish()
+        self.state.forget_graphs()
         logger.info(f"SparseLoRA: fitted to {tokens} tokens of dense steps in {time.perf_counter() - start:.1f} s.")
 
     def _fit_layer(self, layer: Layer) -> None:
@@ -236,8 +237,9 @@ class SparseLoraHandle:
             calibration.fit_attention(layer.number, AttentionView.of(layer.attention, self.family), roles)
 
     def figures(self) -> dict[str, float]:
-        """Figures for the log since the last call: shares of context and of saved FLOPs, sparsity, speed."""
-        return self.state.meter.read()
+        """Figures for the log since the last call: shares of context and of saved FLOPs, sparsity, speed, replays."""
+        figures, graphs = self.state.meter.read(), self.state.graphs
+        return figures if graphs is None or not figures else {**figures, **graphs.figures()}
 
     @property
     def device(self) -> torch.device:

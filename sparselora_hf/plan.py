@@ -180,6 +180,34 @@ class TokenPlan:
         """Share of context tokens among those that are not padding."""
         return len(self.context) / max(1, self.tokens)
 
+    def rounded(self) -> "TokenPlan":
+        """A plan whose counts repeat from batch to batch: the last context rows are output too, and some padding.
+
+        Context rows are then a multiple of 64, or of 1/64 of all rows where that is more, but of 1/16 at most; output
+        rows too, as far as there is padding to fill them up. What is computed beyond the plan is computed with all
+        channels. Rounded again, a plan is the same.
+        """
+        rows = self.shape[0] * self.shape[1]
+        multiple = max(1, min(max(64, rows // 64), rows // 16))
+        keep = len(self.context) // multiple * multiple
+        context, output = self.context[:keep], torch.cat([self.output, self.context[keep:]])
+        filling = min(-len(output) % multiple, rows - self.tokens)
+        if keep == len(self.context) and not filling:
+            return self
+        if filling:
+            is_padding = torch.ones(rows, dtype=torch.bool, device=context.device).index_fill_(0, self.real, False)
+            output = torch.cat([output, _rows(is_padding)[:filling]])
+        output, sequence = output.sort().values, self.sequence[:keep]
+        return dataclasses.replace(
+            self,
+            context=context,
+            output=output,
+            rest=torch.cat([self.rest, self.context[keep:]]).sort().values,
+            real=None if keep + len(output) == rows else torch.cat([context, output]).sort().values,
+            sequence=sequence,
+            groups=len(sequence.unique_consecutive()),
+        )
+
     def to(self, device: torch.device, non_blocking: bool = True) -> "TokenPlan":
         """The same plan with its rows on a device, in one copy that the host does not wait for.
 

@@ -17,6 +17,8 @@ from .config import SparseLoraConfig
 from .criteria import Criterion
 from .distributed import rank_and_world
 from .families import ModelFamily
+from .graphs.recording import can_record
+from .graphs.series import Graphs, Take
 from .meter import Meter
 from .ops.transfer import to_device
 from .plan import PLANNED_BY, TokenPlan
@@ -61,6 +63,7 @@ class ActiveBatch:
     Attributes:
         left_out: the savings but those whose rows are too few in this batch: what is dense computes them all the same.
         is_at_last_layer: whether the last layer has been called.
+        take: what CUDA graphs make of the batch; None runs as ever.
     """
 
     def __init__(self, plan: TokenPlan, sparse: bool, savings: frozenset[str], step: int = 0) -> None:
@@ -72,9 +75,14 @@ class ActiveBatch:
         self.gather: tuple[torch.Tensor, torch.Tensor] | None = None  # rows to sample, slots they take
         self.gathered: set[str] = set()
         self.is_at_last_layer = False
+        self.take: Take | None = None
         self.left_out = savings - self._too_few(plan)
         self._rows: dict[tuple[bool, bool, torch.device], Rows] = {}
         self._places: tuple[Rows, torch.Tensor] | None = None
+
+    def twin(self) -> "ActiveBatch":
+        """A batch like this one, with rows of its own and no channel set chosen."""
+        return ActiveBatch(self.plan.to(self.plan.context.device), self.sparse, self.savings, self.step)
 
     def output_places(self, rows: Rows) -> torch.Tensor:
         """Where the output tokens lie among the dense rows of a module."""
@@ -184,6 +192,7 @@ class SparseState:
         self.meter = meter
         self._fixed: dict[tuple[int, str], tuple[torch.Tensor, ChannelSelection]] = {}  # scores, and their channels
         self.warned: set[str] = set()  # what this run has been told already
+        self.graphs: Graphs | None = None  # recordings of the layers, where they are asked for
 
     def begin(
         self,
@@ -216,9 +225,11 @@ class SparseState:
         if self.last_layer_is_sparse and (plan.loss_in_context or self.calibration.gathers):
             savings -= {"last_layer"}  # its context tokens are scored, or sampled: what goes in must be whole
         self.step += 1
-        on_device = plan.to(device)
         # numbered as one process would that took the micro-batches of all ranks in turn
         rank, world = rank_and_world()
+        records = self.records_on(device)
+        plan = plan.rounded() if records else plan  # on the host; a trainer's was rounded by its collator
+        on_device = plan.to(device)
         number = (self.step - 1) * world + rank + 1
         self.batch = ActiveBatch(on_device, self.enabled, frozenset(savings), number)
         savings, too_few = self.batch.savings, self.batch.savings - self.batch.left_out
@@ -232,6 +243,8 @@ class SparseState:
             picks, slots = self.calibration.reservoir.draw(len(plan.context), number)
             rows = plan.context[to_device(picks, plan.context.device)]
             self.batch.gather = to_device(rows, device), to_device(slots, device)
+        if records:
+            self.batch.take = self.graphs.take(self.batch)
         return self.batch
 
     def _warn_without_context(self, plan: TokenPlan) -> None:
@@ -279,6 +292,16 @@ class SparseState:
         self._fixed.clear()
         self.enabled = self.pinned = False
         self.pinned_to = self.head_rows = None
+        self.forget_graphs()
+
+    def records_on(self, device: torch.device) -> bool:
+        """Whether layers are recorded as CUDA graphs on a device: in one process alone."""
+        return self.graphs is not None and can_record(device) and rank_and_world()[1] == 1
+
+    def forget_graphs(self) -> None:
+        """What layers compute has changed for good: recordings of them no longer hold."""
+        if self.graphs is not None:
+            self.graphs.clear()
 
 
 @dataclasses.dataclass

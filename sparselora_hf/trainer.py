@@ -138,7 +138,9 @@ class SparseLoraTrainer(SFTTrainer):
         if self.accelerator.dispatch_batches:  # accelerate sends and cuts tensors, and refuses anything else
             return super().get_train_dataloader()
         collator = self.data_collator
-        self.data_collator = PlanCollator(collator, self.sparse_config.token_rule)
+        self.data_collator = PlanCollator(
+            collator, self.sparse_config.token_rule, self.sparse_handle.state.records_on(self.sparse_handle.device)
+        )
         try:
             return super().get_train_dataloader()
         finally:

@@ -32,6 +32,7 @@ FLOORS = {
     "worth": 2,
     "counting": 3,
     "decoder": 3,
+    "graphs": 3,
     "meter": 3,
     "plan": 3,
     "schedule": 3,

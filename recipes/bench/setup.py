@@ -31,6 +31,8 @@ QUANTIZATIONS = ("none", "nf4", "int8")
 VARIANTS = ("sft", "exact", "sparse", "sparse_no_exact")
 # with Liger's fused layer kernels, for a GPU
 LIGER = {"sft_liger": "sft", "sparse_liger": "sparse"}
+# with `cuda_graphs`, for a GPU
+GRAPHS = {"exact_graphs": "exact", "sparse_graphs": "sparse"}
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
@@ -141,9 +143,11 @@ def variant_config(variant: str, sparse: SparseLoraConfig) -> SparseLoraConfig:
 
     What learns from dense steps gets one, the first of a turn, which is not counted.
     """
+    records, variant = variant in GRAPHS, GRAPHS.get(variant, variant)
     if variant == "exact":
-        return SparseLoraConfig(start_step=0, cache_dir=sparse.cache_dir)
-    return sparse.replace(start_step=int(sparse.needs_statistics), exact=variant == "sparse")
+        return SparseLoraConfig(start_step=0, cache_dir=sparse.cache_dir, cuda_graphs=records)
+    start = int(sparse.needs_statistics)
+    return sparse.replace(start_step=start, exact=variant == "sparse", cuda_graphs=records)
 
 
 def build_trainer(

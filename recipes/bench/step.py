@@ -4,11 +4,11 @@
     python recipes/bench/step.py --model llama-3-8b --protocol math --then --protocol csr    # several in one process
 
 The variants take turns: in every round each trains a few steps with its own trainer over the same frozen weights, and
-medians are taken over all rounds. The first step of a turn is not counted, nor is the second where something is fitted
-to the first. Timed is the whole optimizer step, by the wall clock and by the process's own clock. Peak memory is on a
-GPU what the allocator held in a variant's turns (of the others their adapters and optimizer states), on a CPU that of
-a process of its own per variant. The bound is the ratio of FLOPs that the cost model gives, attention, LoRA and head
-included.
+medians are taken over all rounds. The first step of a turn is not counted, nor is one more where something is fitted
+to the first, and one more where a variant records CUDA graphs. Timed is the whole optimizer step, by the wall clock
+and by the process's own clock. Peak memory is on a GPU what the allocator held in a variant's turns (of the others
+their adapters and optimizer states), on a CPU that of a process of its own per variant. The bound is the ratio of
+FLOPs that the cost model gives, attention, LoRA and head included.
 """
 
 import argparse
@@ -34,6 +34,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 from setup import (
+    GRAPHS,
     LIGER,
     PROTOCOLS,
     QUANTIZATIONS,
@@ -120,13 +121,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lora-rank", type=int, default=16)
     parser.add_argument("--dora", action="store_true", help="DoRA in place of LoRA, in every variant")
     parser.add_argument("--checkpointing", action="store_true")
-    parser.add_argument("--variants", nargs="+", choices=[*VARIANTS, *LIGER], default=list(VARIANTS))
+    parser.add_argument("--variants", nargs="+", choices=[*VARIANTS, *LIGER, *GRAPHS], default=list(VARIANTS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3, help="counted steps of a turn")
     parser.add_argument("--no-memory", action="store_true", help="skip the memory runs of a CPU")
     parser.add_argument("--csv", type=Path, default=None, help="append rows to this file")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
-    parser.add_argument("--memory-probe", choices=[*VARIANTS, *LIGER], help=argparse.SUPPRESS)
+    parser.add_argument("--memory-probe", choices=[*VARIANTS, *LIGER, *GRAPHS], help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.protocol:
         args.sequence, args.output = PROTOCOLS[args.protocol]
@@ -189,7 +190,8 @@ def make_trainer(args: argparse.Namespace, variant: str, model, steps: int, call
 def measure(args: argparse.Namespace) -> tuple[dict[str, PhaseTimer], ModelShape, dict[str, object], dict[str, int]]:
     """Take turns; returns the timers, the model's shape, the trainers, and on a GPU the peak bytes of their turns."""
     model, timers, trainers, peaks = make_model(args), {}, {}, {}
-    first = 1 + sparse_settings(args).needs_statistics  # steps of a turn that warm up, and fit what dense steps gave
+    # steps of a turn that warm up, fit what dense steps gave, and record graphs
+    first = 1 + sparse_settings(args).needs_statistics + any(variant in GRAPHS for variant in args.variants)
     for variant in args.variants:
         timers[variant] = PhaseTimer()
         trainers[variant] = make_trainer(args, variant, model, args.steps + first, (timers[variant],))

@@ -1,0 +1,142 @@
+"""What recordings of a layer depend on: the form of a batch and of a layer's arguments, and what the layer is."""
+
+import itertools
+from collections.abc import Callable, Hashable, Iterator
+from operator import attrgetter, methodcaller
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as hooks_of_all
+
+__all__ = [
+    "Standing",
+    "UnfitError",
+    "arguments",
+    "check_layer",
+    "form_of",
+    "form_of_batch",
+    "form_of_calls",
+    "form_of_hidden",
+    "rebuilt",
+]
+
+_CONSTANTS = (type(None), bool, int, float, str, torch.dtype)
+_BATCH = object()  # stands for the batch among a layer's arguments
+
+
+class UnfitError(Exception):
+    """Why a call is not recorded, or a recording does not serve."""
+
+
+def form_of_batch(batch: Any) -> Hashable:
+    """What recordings depend on in an `ActiveBatch`; the last layer, whose rows follow the labels, is not recorded."""
+    plan = batch.plan
+    counts = tuple(-1 if part is None else len(part) for part in (plan.context, plan.output, plan.rest, plan.real))
+    facts = (plan.shape, plan.groups, plan.right_padded, plan.unmasked, plan.loss_in_padding, plan.loss_in_context)
+    return counts, facts, batch.sparse, batch.savings, batch.left_out - {"last_layer"}
+
+
+def arguments(args: tuple, kwargs: dict[str, Any], batch: Any) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Hidden states, and the other arguments by name with a mark in place of the batch."""
+    others = {name: _BATCH if value is batch else value for name, value in kwargs.items()}
+    hidden = args[0] if args else others.pop("hidden_states", None)
+    if len(args) > 1 or not isinstance(hidden, torch.Tensor):
+        raise UnfitError("it is given more than hidden states by place")
+    return hidden, others
+
+
+def form_of_hidden(hidden: torch.Tensor, device: torch.device) -> Hashable:
+    """What a recording on a device depends on in a layer's hidden states."""
+    if hidden.device != device or not hidden.is_contiguous():
+        raise UnfitError("its hidden states are on another device, or a view")
+    return hidden.shape, hidden.dtype, hidden.requires_grad
+
+
+def form_of_calls(layer: nn.Module) -> Hashable:
+    """Under which modes a layer is called."""
+    if not layer.training or not torch.is_grad_enabled() or getattr(layer, "gradient_checkpointing", False):
+        raise UnfitError("it is checkpointed, or not in training")
+    if hooks_of_all._global_forward_hooks or hooks_of_all._global_forward_pre_hooks:
+        raise UnfitError("there are hooks on all modules")
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    if torch.is_anomaly_enabled() or (top is not None and top(True) is not None):
+        raise UnfitError("others see what is saved for backward")
+    return torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+
+
+def form_of(value: object, tensors: list[torch.Tensor]) -> Hashable:
+    """What a recording depends on in an argument; its tensors, whose values may differ, are collected."""
+    if isinstance(value, torch.Tensor):
+        if value.requires_grad:
+            raise UnfitError("an argument has a gradient")
+        tensors.append(value)
+        return value.shape, value.stride(), value.dtype, value.device
+    if isinstance(value, tuple):
+        return tuple(form_of(part, tensors) for part in value)
+    if isinstance(value, _CONSTANTS) or value is _BATCH:
+        return value
+    raise UnfitError(f"it is given a {type(value).__name__}")
+
+
+def rebuilt(value: object, places: Iterator[Any], batch: Any) -> object:
+    """An argument with the recordings' tensors in place of its own."""
+    if isinstance(value, torch.Tensor):
+        return next(places).static
+    if isinstance(value, tuple):
+        return tuple(rebuilt(part, places, batch) for part in value)
+    return batch if value is _BATCH else value
+
+
+class Standing:
+    """What a recording of a layer takes for granted: its modules and their modes, hooks, adapters and addresses."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._modules = list(layer.modules())
+        self._adapters = [module for module in self._modules if hasattr(module, "lora_A")]
+        self._children = list(map(dict, map(_CHILDREN, self._modules)))
+        self._facts = self._look()
+
+    def holds(self) -> bool:
+        """Whether all is as it was."""
+        return self._children == list(map(_CHILDREN, self._modules)) and self._facts == self._look()
+
+    def _look(self) -> tuple[list, ...]:
+        own = itertools.chain.from_iterable(map(_VALUES, map(_OWN, self._modules)))
+        hooks = [list(map(len, map(kind, self._modules))) for kind in _HOOKS]
+        adapters = [
+            (tuple(a.active_adapters), a.disable_adapters, tuple(a.merged_adapters), tuple(a.scaling.items()))
+            for a in self._adapters
+        ]
+        addresses = [(p.data_ptr(), p.requires_grad) for p in own if p is not None]
+        return list(map(_TRAINING, self._modules)), hooks, adapters, addresses
+
+
+_CHILDREN, _OWN, _TRAINING = map(attrgetter, ("_modules", "_parameters", "training"))
+_HOOKS = [attrgetter(f"_{kind}") for kind in ("forward_hooks", "forward_pre_hooks", "backward_hooks")]
+_VALUES = methodcaller("values")
+
+
+def check_layer(layer: nn.Module) -> None:
+    """Refuse a layer in which others look on, who would not be told of a replay, or that is out of the ordinary.
+
+    Raises:
+        UnfitError: it is.
+    """
+    if layer._forward_hooks or hasattr(layer, "_get_fsdp_state"):
+        raise UnfitError("others are given what it gives, or take its parameters apart")
+    for name, module in layer.named_modules():
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        # before the layer itself they are called at a replay, too
+        if name and not (all(map(_is_ours, hooks)) and not module._backward_hooks):
+            raise UnfitError(f"{name} has hooks")
+        adapters = getattr(module, "lora_A", None)
+        if adapters is not None and (not isinstance(adapters, nn.ModuleDict) or module.lora_variant):
+            raise UnfitError(f"{name} has an adapter that is no plain LoRA")
+    for name, parameter in layer.named_parameters():
+        if type(parameter) is not nn.Parameter or not parameter.is_contiguous() or not parameter.is_floating_point():
+            raise UnfitError(f"{name} is quantised, or spread over processes")
+
+
+def _is_ours(hook: Callable) -> bool:
+    return str(getattr(hook, "__module__", "")).partition(".")[0] == __package__.partition(".")[0]

@@ -1,0 +1,110 @@
+"""Work of a GPU recorded once and replayed by one call of the host: CUDA graphs.
+
+A recording reads and writes the addresses that it was made with. Its memory comes from a pool that nothing else takes
+from, and is given back to the pool as soon as all recordings of a series are made: those of the next series may use
+it again, since only one series is under way at a time. What a recording gives is therefore known by address alone.
+"""
+
+import contextlib
+import gc
+from collections.abc import Callable, Sequence
+
+import torch
+
+__all__ = ["Place", "Recording", "can_record"]
+
+Tensors = Sequence[torch.Tensor | None]
+
+
+def can_record(device: torch.device) -> bool:
+    """Whether work on a device can be recorded: NVIDIA's."""
+    return device.type == "cuda" and torch.version.hip is None
+
+
+class Place:
+    """Where recordings of one device are made: a stream and a pool of memory.
+
+    Args:
+        device: the device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def clear(self) -> None:
+        """Before a series: memory that lies idle is free for it."""
+        torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()
+
+    @contextlib.contextmanager
+    def record(self, graph: torch.cuda.CUDAGraph):
+        """Record what is queued meanwhile, in this thread; what other threads do is their own affair."""
+        collects = gc.isenabled()
+        gc.disable()  # the end of another graph in between would end the recording
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        try:
+            with torch.cuda.stream(self._stream):
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    yield
+                except BaseException:
+                    _give_up(graph)
+                    raise
+                graph.capture_end()
+        finally:
+            if collects:
+                gc.enable()
+
+
+def _give_up(graph: torch.cuda.CUDAGraph) -> None:
+    with contextlib.suppress(RuntimeError):  # the fault itself is told by whoever called
+        graph.capture_end()
+
+
+class Recording:
+    """Work that was recorded.
+
+    Args:
+        run: queues the work, and gives contiguous tensors or None.
+        place: where it is recorded.
+
+    Attributes:
+        outputs: what `run` gave; each replay writes it anew.
+    """
+
+    def __init__(self, run: Callable[[], Tensors], place: Place) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+        with place.record(self._graph):
+            self._held = run()
+        self.outputs = [None if tensor is None else _by_address(tensor) for tensor in self._held]
+
+    def replay(self) -> None:
+        """Queue the work on the current stream."""
+        self._graph.replay()
+
+    def release(self) -> None:
+        """Let the pool have the memory back: recordings to come may use what this one gave."""
+        self._held = ()
+
+
+class _Address:
+    """A tensor's memory, in the form that PyTorch takes from other libraries; it keeps nothing alive."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (tensor.numel() * tensor.element_size(),),
+            "typestr": "|u1",
+            "data": (tensor.data_ptr(), False),
+            "version": 3,
+        }
+
+
+def _by_address(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor over the same memory, which may be given to others while it is used."""
+    if not tensor.is_contiguous():
+        raise ValueError(f"a recording gives a tensor of strides {tensor.stride()} for {tuple(tensor.shape)}")
+    if not tensor.numel():
+        return tensor.detach()
+    return torch.as_tensor(_Address(tensor), device=tensor.device).view(tensor.dtype).view(tensor.shape)

@@ -1,0 +1,330 @@
+"""Which batches are recorded, and which are replayed."""
+
+import weakref
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..plan import TokenPlan
+from .form import (
+    UnfitError,
+    arguments,
+    check_layer,
+    form_of,
+    form_of_batch,
+    form_of_calls,
+    form_of_hidden,
+    rebuilt,
+)
+from .layer import Input, LayerGraph, replayed
+from .recording import Place
+
+__all__ = ["Graphs", "Take"]
+
+_FORMS = 32  # so many are kept; one takes the host's memory of two graphs a layer
+_MET = 1024  # so many are remembered as met
+_TRIES = 3  # recordings of one form, where what it was made from changes
+
+
+class Series:
+    """What was recorded for batches of one form.
+
+    Attributes:
+        layers: by number.
+        batch: the batch that recordings read, with rows of its own.
+        inputs: while recording, by the tensor that a layer is given.
+        tries: how often it was recorded.
+        is_stale: whether it is to be recorded anew.
+    """
+
+    def __init__(self) -> None:
+        self.layers: dict[int, LayerGraph] = {}
+        self.batch: Any = None
+        self.inputs: dict[int, Input] = {}
+        self.tries = 0
+        self.is_stale = False
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether layers were recorded, each in both directions as far as it has them."""
+        return bool(self.layers) and all(layer.is_whole for layer in self.layers.values())
+
+    def release(self) -> None:
+        """The recording is at its end: let go of all that lies in its memory."""
+        for layer in self.layers.values():
+            layer.release()
+        self.batch.selections.clear()
+        self.inputs.clear()
+
+    def forget(self) -> None:
+        """Nothing is recorded of it."""
+        self.layers.clear()
+        self.inputs.clear()
+        self.batch, self.is_stale = None, False
+
+
+class Take:
+    """One batch on its way through a series.
+
+    Args:
+        series: the series.
+        plan: the batch's rows.
+        records: whether recordings are made on the way.
+
+    Attributes:
+        pending: layers that wait for their backward.
+        called: numbers of the layers that were called.
+        is_over: whether the layers still to come run as ever.
+    """
+
+    def __init__(self, series: Series, plan: TokenPlan, records: bool) -> None:
+        self.series = series
+        self.plan = plan
+        self.records = records
+        self.pending = 0
+        self.called: set[int] = set()
+        self.is_over = False
+        self._has_started = records  # recordings are made on rows that are the batch's already
+
+    def __reduce__(self):
+        return _none, ()  # of a copy
+
+    def start(self) -> None:
+        """Hand the batch's rows to the recordings, before the first of them is replayed."""
+        if not self._has_started:
+            self._has_started = True
+            torch._foreach_copy_(_rows_of(self.series.batch.plan), _rows_of(self.plan))
+
+
+def _none() -> None:
+    return None
+
+
+def _rows_of(plan: TokenPlan) -> list[torch.Tensor]:
+    """Rows of a plan that layers read, those that there are."""
+    rows = (plan.context, plan.output, plan.rest, plan.real, plan.sequence)
+    return [part for part in rows if part is not None and len(part)]
+
+
+class Graphs:
+    """Recordings of a model's layers, by the forms of its batches.
+
+    Attributes:
+        fault: why nothing is recorded any more.
+    """
+
+    def __init__(self) -> None:
+        self.fault = ""
+        self._place: Place | None = None
+        self._series: dict[Hashable, Series] = {}  # the one that was met last is the last, here and below
+        self._met: dict[Hashable, bool] = {}
+        self._batches = self._replayed = 0
+        self._recording: Series | None = None
+        self._under_way: weakref.ref | None = None
+        self._addresses: set[int] = set()  # of what recordings give, while a series is recorded
+
+    def __reduce__(self):
+        return Graphs, ()  # a copy of a model has other weights
+
+    @property
+    def under_way(self) -> Take | None:
+        """The batch that was the last to be replayed, until nothing knows of it any more."""
+        return None if self._under_way is None else self._under_way()
+
+    def clear(self) -> None:
+        """Forget all recordings: what they were made from may change."""
+        self._forget()
+        self._met.clear()
+        self.fault = ""
+
+    def _forget(self) -> None:
+        if self._place is not None:
+            self._place.clear()
+        for series in self._series.values():
+            series.forget()
+        self._series.clear()
+        self._recording = self._place = None
+
+    def figures(self) -> dict[str, float]:
+        """Share of batches that were replayed since the last call, for the log."""
+        share = round(self._replayed / self._batches, 4) if self._batches else 0.0
+        self._replayed = self._batches = 0
+        return {"sparselora/replayed": share}
+
+    def take(self, batch: Any) -> Take | None:
+        """What a new `ActiveBatch` records or replays; None where it runs as ever."""
+        self._batches += 1
+        self._settle()
+        under_way = self.under_way
+        if batch.gather is not None or (under_way is not None and under_way.pending):
+            return None
+        if self.fault:
+            self._forget()
+            return None
+        series = self._series_of(form_of_batch(batch), batch.plan.context.device)
+        if series is None:
+            return None
+        records = not series.layers
+        if records:
+            self._recording, series.batch = series, batch.twin()
+            series.tries += 1
+            self._addresses.clear()
+        self._replayed += not records
+        take = Take(series, batch.plan, records)
+        self._under_way = weakref.ref(take)
+        return take
+
+    def _series_of(self, form: Hashable, device: torch.device) -> Series | None:
+        """The series of a form, to be recorded where it is empty; None where a form is met for the first time."""
+        series = self._series.pop(form, None)
+        if series is None:
+            is_met = self._met.pop(form, False)
+            _put(self._met, form, True, _MET)
+            if not is_met:
+                return None
+            series = Series()
+        is_made = series.layers and not series.is_stale
+        if not is_made and series.tries < _TRIES:
+            if self._place is None or self._place.device != device:
+                self._place = Place(device)
+            self._place.clear()  # a graph that is still at work is not to be taken apart
+            series.forget()
+        _put(self._series, form, series, _FORMS)
+        return series if is_made or series.tries < _TRIES else None
+
+    def _settle(self) -> None:
+        series, self._recording = self._recording, None
+        if series is not None and series.is_whole:
+            series.release()
+        elif series is not None:  # a forward without a backward, or interrupted
+            series.forget()
+
+    def run(
+        self, layer: nn.Module, number: int, state: Any, forward: Callable, args: tuple, kwargs: dict[str, Any]
+    ) -> Any:
+        """A layer's forward.
+
+        Args:
+            layer: the layer.
+            number: its number.
+            state: the model's `SparseState`.
+            forward: the layer's own.
+            args: what it is given by place.
+            kwargs: what it is given by name.
+        """
+        take = None if state.batch is None else state.batch.take
+        if take is None or take.is_over:
+            return forward(*args, **kwargs)
+        try:
+            hidden, others = arguments(args, kwargs, state.batch)
+            graph = self._graph(take, layer, number, state, forward, hidden, others)
+        except UnfitError as reason:
+            graph = None
+            if take.records:
+                state.warn_once(f"SparseLoRA: layer {number} and those above are not made CUDA graphs: {reason}.")
+        except RuntimeError as error:
+            graph, self.fault = None, str(error)
+            state.warn_once(f"SparseLoRA: no CUDA graphs are made: {error}.")
+        if graph is None:
+            take.is_over = True  # recordings above may read what this layer's was to write
+            return forward(*args, **kwargs)
+        take.pending += graph.learns
+        return replayed(self, graph, take, hidden)
+
+    def _graph(
+        self,
+        take: Take,
+        layer: nn.Module,
+        number: int,
+        state: Any,
+        forward: Callable,
+        hidden: torch.Tensor,
+        others: dict[str, Any],
+    ) -> LayerGraph:
+        if number in take.called:
+            raise UnfitError("it is called again for the same batch")
+        take.called.add(number)
+        tensors: list[torch.Tensor] = []
+        form = (
+            form_of_hidden(hidden, self._place.device),
+            form_of(tuple(others.items()), tensors),
+            form_of_calls(layer),
+        )
+        series = take.series
+        graph = series.layers.get(number)
+        if graph is None and not take.records:
+            raise UnfitError("it was not recorded")
+        if graph is not None:
+            if graph.form != form or not graph.standing.holds():
+                series.is_stale = True
+                raise UnfitError("it has changed since")
+            take.start()
+            for place, tensor in zip(graph.inputs, tensors, strict=True):
+                place.load(tensor, take)
+            return graph
+        check_layer(layer)
+        inputs = [self._input(series, tensor) for tensor in tensors]
+
+        def call(static: torch.Tensor) -> torch.Tensor:
+            places = iter(inputs)
+            given = {name: rebuilt(value, places, series.batch) for name, value in others.items()}
+            with _in_hand(state, series.batch), _uncached():
+                return forward(static, **given)
+
+        graph = LayerGraph(layer, form, inputs, call, self._place)
+        graph.record(hidden, hidden.data_ptr() in self._addresses)
+        self._addresses.add(graph.result.data_ptr())
+        series.layers[number] = graph
+        return graph
+
+    def _input(self, series: Series, tensor: torch.Tensor) -> Input:
+        if id(tensor) not in series.inputs:
+            series.inputs[id(tensor)] = Input(tensor)
+        return series.inputs[id(tensor)]
+
+    def backward(self, graph: LayerGraph, grad: torch.Tensor) -> list[torch.Tensor | None]:
+        """Gradients of a layer's hidden states and of its parameters."""
+        if graph.is_whole:
+            return graph.replay_backward(grad, False)
+        try:
+            grads = graph.replay_backward(grad, grad.data_ptr() in self._addresses)
+        except RuntimeError as error:
+            self.fault = str(error)
+            raise RuntimeError(
+                f"SparseLoRA: the backward of a layer could not be recorded as a CUDA graph ({error}). Train with "
+                "cuda_graphs=False."
+            ) from error
+        if graph.grad_hidden is not None:
+            self._addresses.add(graph.grad_hidden.data_ptr())
+        return grads
+
+
+def _put(known: dict, form: Hashable, value: object, most: int) -> None:
+    """Put a value last, and let go of the first where there are too many."""
+    known[form] = value
+    if len(known) > most:
+        del known[next(iter(known))]
+
+
+@contextmanager
+def _in_hand(state: Any, batch: Any) -> Iterator[None]:
+    """The batch that recordings read is the one in hand meanwhile."""
+    before, state.batch = state.batch, batch
+    try:
+        yield
+    finally:
+        state.batch = before
+
+
+@contextmanager
+def _uncached() -> Iterator[None]:
+    """Weights that autocast narrows are not kept: a later forward would read them where they no longer are."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
