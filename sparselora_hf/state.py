@@ -229,7 +229,7 @@ class SparseState:
         rank, world = rank_and_world()
         records = self.records_on(device)
         plan = plan.rounded() if records else plan  # on the host; a trainer's was rounded by its collator
-        on_device = plan.to(device)
+        on_device, before = plan.to(device), self.batch
         number = (self.step - 1) * world + rank + 1
         self.batch = ActiveBatch(on_device, self.enabled, frozenset(savings), number)
         savings, too_few = self.batch.savings, self.batch.savings - self.batch.left_out
@@ -244,6 +244,8 @@ class SparseState:
             rows = plan.context[to_device(picks, plan.context.device)]
             self.batch.gather = to_device(rows, device), to_device(slots, device)
         if records:
+            if before is not None:
+                before.take = None  # whether its backward is still to come is for its forward's results to know
             self.batch.take = self.graphs.take(self.batch)
         return self.batch
 

@@ -1,14 +1,15 @@
 """CUDA graphs of decoder layers, on a CPU by a double that runs anew what a GPU would replay."""
 
+import copy
 import functools
+import pickle
 import unittest.mock
 from typing import ClassVar
 
 import pytest
 import torch
-from helpers import ATTENTION, MLP, SPARSE, lora_model, make_batch
+from looping import GRAPHS, SETTINGS, batches, loop, train
 
-from sparselora_hf import sparsify
 from sparselora_hf import state as state_module
 from sparselora_hf.graphs import layer as layer_module
 from sparselora_hf.graphs import series as series_module
@@ -66,54 +67,210 @@ def doubles(monkeypatch):
     return Here.recordings
 
 
-def batches(n: int, forms: int = 1) -> list:
-    """Batches of as many shapes by turns, each with tokens of its own."""
-    shapes = [((9, 5, 12), (3, 4, 2)), ((7, 8, 3), (2, 2, 5))][:forms]
-    return [make_batch(*shapes[step % forms], seed=step) for step in range(n)]
-
-
-def train(config, steps, *, targets=ATTENTION + MLP, learning_rate=0.05, gather=1, **options):
-    """Losses, gradient norms and parameters of a loop with plain gradient descent."""
-    model = lora_model(targets=targets, layers=4, **options)
-    model.config.use_cache = False
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trained, learning_rate)
-    losses = []
-    with sparsify(model, config) as handle:
-        handle.begin_run(len(steps))
-        for step, batch in enumerate(steps):
-            handle.begin_step(step)
-            loss = model(**batch).loss
-            loss.backward()
-            losses.append(loss.item())
-            if (step + 1) % gather == 0:
-                optimizer.step()
-                optimizer.zero_grad()
-        handle.end_run()
-    return losses, [p.detach().clone() for p in trained]
-
-
-GRAPHS = SPARSE.replace(mlp_sparsity=0.9, attention_sparsity={"1-3": 0.75}, cuda_graphs=True)
-SETTINGS = {
-    "the paper's": {},
-    "exact savings alone": {"mlp_sparsity": 0.0, "attention_sparsity": 0.0},
-    "no exact savings": {"exact": False},
-    "output tokens choose": {"criterion": "output", "compensation": "low_rank", "compensation_rank": 4},
-    "averages choose": {"criterion": "svd_mean"},
-    "fixed sets": {"criterion": "static", "compensation": "mean"},
-    "sliced branches": {"lora_branch": "sliced"},
-}
-
-
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("forms", [1, 2])
-def test_replayed_steps_train_as_launched_ones(doubles, settings, forms, monkeypatch):
+def test_replayed_steps_train_as_launched_ones(doubles, launched, settings, forms):
     steps, config = batches(12, forms), GRAPHS.replace(**settings)
+    want = launched(config, steps)
+    assert not doubles
+    assert_equal(want, train(config, steps))
+    assert sum(recording.replays for recording in doubles) >= 6 * 5  # three layers, both ways
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Trains without recordings, on the same rows."""
+
+    def run(*args, **kwargs):
+        with monkeypatch.context() as without:
+            without.setattr(series_module.Graphs, "take", lambda self, batch: None)
+            return train(*args, **kwargs)
+
+    return run
+
+
+def assert_equal(one, other):
+    assert one[0] == other[0]
+    assert all(torch.equal(*pair) for pair in zip(one[1], other[1], strict=True))
+
+
+@pytest.fixture
+def run(doubles):
+    """A loop whose batch has been recorded."""
+    run = loop(GRAPHS, 100)
+    for _ in range(5):
+        run.step(batches(1)[0])
+    run.figures()
+    return run
+
+
+def replays(doubles):
+    return sum(recording.replays for recording in doubles)
+
+
+def gradients_of(run, loss):
+    grads = torch.autograd.grad(loss, [p for p in run.trained if p.requires_grad], allow_unused=True)
+    return [None if grad is None else grad.clone() for grad in grads]
+
+
+def assert_close(one, other):
+    for got, want in zip(one, other, strict=True):
+        assert (got is None and want is None) or torch.allclose(got, want, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("gather", [2, 3])
+def test_accumulated_gradients_are_those_of_launched_steps(doubles, launched, gather):
+    steps = batches(12, forms=2)
+    assert_equal(launched(GRAPHS, steps, gather=gather), train(GRAPHS, steps, gather=gather))
+    assert replays(doubles)
+
+
+def test_a_second_forward_before_the_backward_of_the_first_is_launched(run, doubles):
+    one, other = batches(2)
+    want = [gradients_of(run, run.forward(batch)) for batch in (one, other)]
+    before = replays(doubles)
+    losses = [run.forward(batch) for batch in (one, other)]
+    assert replays(doubles) == before + 3
+    assert_close(gradients_of(run, losses[0]), want[0])
+    assert_close(gradients_of(run, losses[1]), want[1])
+
+
+def test_a_forward_without_backward_is_let_go(run, doubles):
+    batch = batches(1)[0]
+    want = gradients_of(run, run.forward(batch))
+    loss = run.forward(batch)
+    del loss
+    before = replays(doubles)
+    assert_close(gradients_of(run, run.forward(batch)), want)
+    assert replays(doubles) == before + 6
+
+
+def test_a_second_backward_is_refused(run):
+    loss = run.forward(batches(1)[0])
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="cuda_graphs=False"):
+        loss.backward()
+
+
+def test_a_late_backward_of_a_batch_whose_memory_was_used_again_is_refused(run):
+    loss = run.forward(batches(1)[0])
+    loss.backward(retain_graph=True)
+    run.forward(batches(1)[0]).backward()
+    with pytest.raises(RuntimeError, match="cuda_graphs=False"):
+        loss.backward()
+
+
+def _disable(run):
+    run.model.base_model.disable_adapter_layers()
+
+
+def _freeze(run):
+    layer = run.model.get_base_model().model.layers[1]
+    layer.self_attn.q_proj.lora_A["default"].weight.requires_grad_(False)
+
+
+def _watch(run):
+    seen = []
+    run.model.get_base_model().model.layers[2].mlp.register_forward_hook(lambda *args: seen.append(1))
+    return seen
+
+
+def _scale(run):
+    for module in run.model.modules():
+        if hasattr(module, "lora_A"):
+            module.scaling = {name: 3 * value for name, value in module.scaling.items()}
+
+
+def _move(run):
+    weight = run.model.get_base_model().model.layers[0].mlp.down_proj.base_layer.weight
+    weight.data = weight.data.clone().mul_(2)
+
+
+@pytest.mark.parametrize("change", [_disable, _freeze, _watch, _scale, _move])
+def test_what_changes_is_not_replayed(run, doubles, launched, change, monkeypatch):
+    batch = batches(1)[0]
+    run.step(batch)
+    seen = change(run)
     with monkeypatch.context() as without:
         without.setattr(series_module.Graphs, "take", lambda self, batch: None)
-        want = train(config, steps)
-        assert not doubles
-    got = train(config, steps)
-    assert sum(recording.replays for recording in doubles) >= 6 * 5  # three layers, both ways
-    assert want[0] == got[0]
-    assert all(torch.equal(*pair) for pair in zip(want[1], got[1], strict=True))
+        loss = run.forward(batch)
+        want = loss.item(), gradients_of(run, loss) if loss.requires_grad else None
+    loss = run.forward(batch)
+    assert loss.item() == want[0]
+    if want[1] is not None:
+        assert_close(gradients_of(run, loss), want[1])
+    assert seen is None or len(seen) == 2
+
+
+def test_after_a_change_layers_are_recorded_anew(run, doubles):
+    _scale(run)
+    made = len(doubles)
+    for _ in range(3):
+        run.step(batches(1)[0])
+    assert len(doubles) == made + 6
+    assert run.figures()["sparselora/replayed"] > 0
+
+
+def test_checkpointed_layers_and_caches_are_launched(doubles, caplog):
+    run = loop(GRAPHS, 10)
+    run.model.gradient_checkpointing_enable({"use_reentrant": False})
+    for _ in range(4):
+        run.step(batches(1)[0])
+    assert not doubles
+    run = loop(GRAPHS, 10)
+    run.model.config.use_cache = True
+    for _ in range(4):
+        run.step(batches(1)[0])
+    assert not doubles
+    assert "it is checkpointed" in caplog.text
+    assert "it is given a DynamicCache" in caplog.text
+
+
+def test_a_new_run_and_a_restored_model_know_no_recordings(run, doubles):
+    graphs = run.handle.state.graphs
+    assert graphs._series
+    run.handle.begin_run(10)
+    assert not graphs._series
+    run.handle.restore()
+    before = replays(doubles)
+    run.model(**batches(1)[0]).loss.backward()
+    assert replays(doubles) == before
+
+
+def test_a_copy_of_the_model_records_for_itself(run, doubles):
+    twin = copy.deepcopy(run.model)
+    graphs = twin.get_base_model().model.layers[0].__dict__["_sparselora"][0].graphs
+    assert graphs is not run.handle.state.graphs
+    assert not graphs._series
+    pickle.loads(pickle.dumps(run.model))
+
+
+def test_figures_tell_the_share_of_replayed_batches(doubles):
+    run = loop(GRAPHS.replace(start_step=0), 100)
+    for _ in range(8):
+        run.step(batches(1)[0])
+    assert run.figures()["sparselora/replayed"] == 6 / 8  # one is met, one recorded
+    assert not run.figures()
+
+
+def test_forms_beyond_the_most_are_forgotten(doubles, monkeypatch):
+    monkeypatch.setattr(series_module, "_FORMS", 1)
+    run = loop(GRAPHS.replace(start_step=0), 100)
+    for step in range(12):
+        run.step(batches(2, forms=2)[step // 3 % 2])
+    assert len(run.handle.state.graphs._series) == 1
+    assert run.figures()["sparselora/replayed"] == (1 + 1 + 2 + 2) / 12
+
+
+def test_random_sets_and_models_without_plain_layers_do_without(caplog):
+    run = loop(GRAPHS.replace(criterion="random"), 10)
+    assert run.handle.state.graphs is None
+    assert "cuda_graphs is of no effect" in caplog.text
+
+
+def test_a_cpu_records_nothing():
+    run = loop(GRAPHS, 10)
+    want = loop(GRAPHS.replace(cuda_graphs=False), 10)
+    for batch in batches(5):
+        assert run.step(batch) == want.step(batch)
+    assert not run.handle.state.graphs._series

@@ -44,7 +44,7 @@ WAITS = {
     False: ("aten::_local_scalar_dense",),
 }
 COPIES = ("Memcpy HtoD", "Memcpy DtoH")  # the call, `cudaMemcpyAsync`, also serves copies within the device
-LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernelEx")
+LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernelEx", "cudaGraphLaunch")
 
 
 class ProfileStep(TrainerCallback):

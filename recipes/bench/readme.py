@@ -26,8 +26,15 @@ NOT_YET = "Not yet measured."
 CLOCKS = {"wall": "", "processor": "_cpu"}
 SETTING = ("model", "sequence", "output", "batch", "fill", "checkpointing")  # of a CSV's rows
 VARIANTS = {"exact": "exact savings alone", "sparse": "SparseLoRA", "sparse_no_exact": "without exact savings"}
-BESIDE_LIGER = {"sft": "SFTTrainer without Liger", "sparse": "SparseLoRA", "sparse_liger": "SparseLoRA with Liger"}
-PROFILED = {"sft": "SFTTrainer", **VARIANTS}
+GRAPHS = {"exact_graphs": "exact savings replayed", "sparse_graphs": "SparseLoRA replayed"}
+ON_GPU = {"exact": VARIANTS["exact"], "sparse": VARIANTS["sparse"], **GRAPHS}
+BESIDE_LIGER = {
+    "sft": "SFTTrainer without Liger",
+    "sparse": VARIANTS["sparse"],
+    "sparse_liger": "SparseLoRA with Liger",
+    "sparse_graphs": GRAPHS["sparse_graphs"],
+}
+PROFILED = {"sft": "SFTTrainer", **ON_GPU}
 
 _MAIN = ("output+r8@0.9", "static+r8@0.9", "svd_whitened+r8@0.9", "output@0.9", "oracle@0.9", "svd@0.9")
 _EQUAL = ("output+r8@0.9, equal FLOPs", "svd@0.9, equal FLOPs")
@@ -104,23 +111,34 @@ def speed(rows: Rows, clock: str) -> str:
     return spread([float(row[clock]) for row in rows]) if rows else ""
 
 
-def step_table(name: str, baseline: str = "sft", columns: dict[str, str] = VARIANTS) -> str:
-    """Speed-ups of the variants over a baseline, `SFTTrainer` as it comes, a line for each setting."""
+def step_table(name: str, baseline: str = "sft", columns: dict[str, str] = VARIANTS, on_gpu: bool = False) -> str:
+    """Speed-ups of the variants over a baseline, `SFTTrainer` as it comes, a line for each setting.
+
+    On a GPU, where both clocks are one, variants that no row has get no column, and what is replayed has a peak too.
+    """
     rows = read(name)
     if not rows:
         return NOT_YET
     settings = by_setting(rows, baseline)
     several = len({setting[0] for setting in settings}) > 1
-    labels = [*columns.values(), "SparseLoRA, wall clock", "FLOP bound", "peak memory"]
+    ends = ["SparseLoRA, wall clock", "FLOP bound", "peak memory"]
+    if on_gpu:
+        measured = {row["variant"] for row in rows}
+        columns = {key: label for key, label in columns.items() if key in measured}
+        ends = ["FLOP bound", "peak memory", "peak memory, replayed"]
+    labels = [*columns.values(), *ends]
     header = [*(["model"] if several else []), "batch", "context", "fill", "checkpointing", *labels]
     body = []
     for (model, sequence, _, batch, fill, checkpointing), variants in sorted(settings.items(), key=order):
-        sparse = variants["sparse"]
-        speeds = [speed(variants[name], "speedup") for name in columns] + [speed(sparse, "speedup_wall")]
+        sparse = variants["sparse"] or variants["exact"]
+        replayed = variants["sparse_graphs"] or variants["exact_graphs"]
+        speeds = [speed(variants[name], "speedup") for name in columns]
+        speeds += [] if on_gpu else [speed(sparse, "speedup_wall")]
         limit = f"{float(sparse[-1]['bound']):.2f}x"
         start = [f"{batch} x {sequence}", f"{float(sparse[0]['context_share']):.0%}", f"{float(fill):.0%}"]
         start += ["yes" if checkpointing == "True" else "no"]
-        body.append([*([model] if several else []), *start, *speeds, limit, memory_ratio(sparse)])
+        peaks = [memory_ratio(rows) if rows else "" for rows in ((sparse, replayed) if on_gpu else (sparse,))]
+        body.append([*([model] if several else []), *start, *speeds, limit, *peaks])
     return markdown(header, body) + footnote(rows)
 
 
@@ -288,12 +306,12 @@ TABLES = {
     "quickstart": quickstart_table,
     "step": lambda: step_table("step-cpu.csv"),
     "step-default": lambda: step_table("step-default-cpu.csv"),
-    "step-default-gpu": lambda: step_table("step-default-cuda.csv"),
+    "step-default-gpu": partial(step_table, "step-default-cuda.csv", columns=ON_GPU, on_gpu=True),
     "step-dora": lambda: step_table("step-dora-cpu.csv"),
-    "step-gpu": lambda: step_table("step-cuda.csv"),
-    "step-gpu-liger": partial(step_table, "step-liger-cuda.csv", "sft_liger", BESIDE_LIGER),
-    "step-gpu-stand-in": lambda: step_table("step-stand-in-cuda.csv"),
-    "step-gpu-whole": lambda: step_table("step-whole-cuda.csv"),
+    "step-gpu": partial(step_table, "step-cuda.csv", columns=ON_GPU, on_gpu=True),
+    "step-gpu-liger": partial(step_table, "step-liger-cuda.csv", "sft_liger", BESIDE_LIGER, on_gpu=True),
+    "step-gpu-stand-in": partial(step_table, "step-stand-in-cuda.csv", columns=ON_GPU, on_gpu=True),
+    "step-gpu-whole": partial(step_table, "step-whole-cuda.csv", columns=ON_GPU, on_gpu=True),
     "profile-gpu": profile_table,
     "kernels-gpu": kernels_table,
     "step-qlora": lambda: step_table("step-qlora-cpu.csv"),
