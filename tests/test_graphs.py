@@ -4,15 +4,20 @@ import copy
 import functools
 import pickle
 import unittest.mock
+import warnings
 from typing import ClassVar
 
 import pytest
 import torch
+from helpers import make_batch
 from looping import GRAPHS, SETTINGS, batches, loop, train
 
 from sparselora_hf import state as state_module
+from sparselora_hf.graphs import form as form_module
 from sparselora_hf.graphs import layer as layer_module
+from sparselora_hf.graphs import recording as recording_module
 from sparselora_hf.graphs import series as series_module
+from sparselora_hf.plan import TokenPlan
 
 
 class Rerun:
@@ -48,6 +53,12 @@ class Here:
         pass
 
 
+def rehearse(run):
+    with torch.no_grad():
+        run()
+    return False
+
+
 def forgetful(in_hand, state, batch):
     """What Python remembers of the first time, a GPU computes anew each time."""
     batch.selections.clear()
@@ -60,6 +71,7 @@ def doubles(monkeypatch):
     """Layers are recorded on a CPU."""
     monkeypatch.setattr(layer_module, "Recording", Rerun)
     monkeypatch.setattr(layer_module.LayerGraph, "release", lambda self: None)
+    monkeypatch.setattr(form_module, "has_waited", rehearse)
     monkeypatch.setattr(series_module, "Place", Here)
     monkeypatch.setattr(series_module, "_in_hand", functools.partial(forgetful, series_module._in_hand))
     monkeypatch.setattr(state_module, "can_record", lambda device: True)
@@ -68,12 +80,12 @@ def doubles(monkeypatch):
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-@pytest.mark.parametrize("forms", [1, 2])
-def test_replayed_steps_train_as_launched_ones(doubles, launched, settings, forms):
+@pytest.mark.parametrize(("forms", "autocast"), [(1, False), (2, False), (2, True)])
+def test_replayed_steps_train_as_launched_ones(doubles, launched, settings, forms, autocast):
     steps, config = batches(12, forms), GRAPHS.replace(**settings)
-    want = launched(config, steps)
+    want = launched(config, steps, autocast=autocast)
     assert not doubles
-    assert_equal(want, train(config, steps))
+    assert_equal(want, train(config, steps, autocast=autocast))
     assert sum(recording.replays for recording in doubles) >= 6 * 5  # three layers, both ways
 
 
@@ -274,3 +286,68 @@ def test_a_cpu_records_nothing():
     for batch in batches(5):
         assert run.step(batch) == want.step(batch)
     assert not run.handle.state.graphs._series
+
+
+def test_a_layer_that_waits_for_the_device_is_launched_and_those_above_it(doubles, launched, caplog, monkeypatch):
+    asked = []
+    monkeypatch.setattr(form_module, "has_waited", lambda run: asked.append(rehearse(run)) or len(asked) % 2 == 0)
+    steps = batches(8)
+    assert_equal(launched(GRAPHS, steps), train(GRAPHS, steps))
+    assert "layer 1 and those above are not made CUDA graphs: it waits for the device" in caplog.text
+    assert len(doubles) == 2 * 2  # the first layer, both ways, dense and sparse
+    assert replays(doubles)
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_what_makes_the_host_wait_is_noticed(monkeypatch, waits):
+    modes = ["default"]
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def run():
+        assert modes[-1] == "warn"
+        assert not torch.is_grad_enabled()
+        warnings.warn("called a synchronizing CUDA operation" if waits else "something else", stacklevel=1)
+
+    assert recording_module.has_waited(run) == waits
+    assert modes[-1] == "default"
+
+
+def test_a_fault_while_recording_names_the_remedy(doubles, monkeypatch):
+    def fail(self):
+        raise RuntimeError("operation not permitted")
+
+    run = loop(GRAPHS.replace(start_step=0), 10)
+    run.step(batches(1)[0])
+    monkeypatch.setattr(layer_module.LayerGraph, "_run_backward", fail)
+    with pytest.raises(RuntimeError, match=r"backward cannot be recorded .*not permitted.*cuda_graphs=False"):
+        run.step(batches(1)[0])
+
+
+@pytest.mark.parametrize("shape", [(3, 14), (8, 512), (2, 100), (1, 16), (16, 640)])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_rounded_plan_leaves_no_row_out(shape, side):
+    generator = torch.Generator().manual_seed(sum(shape))
+    rows, length = shape
+    lengths = torch.randint(length // 2, length + 1, (rows,), generator=generator).tolist()
+    answers = [int(n * torch.rand((), generator=generator)) for n in lengths]
+    pairs = [(n - a, a) for n, a in zip(lengths, answers, strict=True)]
+    batch = make_batch(tuple(p for p, _ in pairs), tuple(a for _, a in pairs), side)
+    plan = TokenPlan.of_inputs(batch)
+    rounded = plan.rounded()
+    total = plan.shape[0] * plan.shape[1]
+    multiple = max(1, min(max(64, total // 64), total // 16))
+    context, output, real = (set(part.tolist()) for part in (rounded.context, rounded.output, plan.context))
+    assert len(context) % multiple == 0
+    assert context <= real
+    assert len(real) - len(context) < multiple
+    assert not context & output
+    assert set(plan.output.tolist()) <= output
+    assert len(output) % multiple == 0 or len(context) + len(output) == total
+    assert context | set(rounded.rest.tolist()) == set(range(total))
+    assert not context & set(rounded.rest.tolist())
+    kept = set(range(total)) if rounded.real is None else set(rounded.real.tolist())
+    assert kept == context | output
+    assert (rounded.groups, len(rounded.sequence)) == (len(rounded.sequence.unique()), len(context))
+    assert torch.equal(rounded.loss, plan.loss)
+    assert rounded.rounded() is rounded

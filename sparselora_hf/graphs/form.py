@@ -9,17 +9,9 @@ import torch
 from torch import nn
 from torch.nn.modules import module as hooks_of_all
 
-__all__ = [
-    "Standing",
-    "UnfitError",
-    "arguments",
-    "check_layer",
-    "form_of",
-    "form_of_batch",
-    "form_of_calls",
-    "form_of_hidden",
-    "rebuilt",
-]
+from .recording import has_waited
+
+__all__ = ["Call", "Standing", "UnfitError", "form_of_batch"]
 
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype)
 _BATCH = object()  # stands for the batch among a layer's arguments
@@ -37,24 +29,61 @@ def form_of_batch(batch: Any) -> Hashable:
     return counts, facts, batch.sparse, batch.savings, batch.left_out - {"last_layer"}
 
 
-def arguments(args: tuple, kwargs: dict[str, Any], batch: Any) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Hidden states, and the other arguments by name with a mark in place of the batch."""
-    others = {name: _BATCH if value is batch else value for name, value in kwargs.items()}
-    hidden = args[0] if args else others.pop("hidden_states", None)
-    if len(args) > 1 or not isinstance(hidden, torch.Tensor):
-        raise UnfitError("it is given more than hidden states by place")
-    return hidden, others
+class Call:
+    """A layer's call, taken apart.
+
+    Args:
+        layer: the layer.
+        forward: its own.
+        args: what it is given by place.
+        kwargs: what it is given by name.
+        batch: the batch in hand.
+        device: of recordings.
+
+    Attributes:
+        hidden: hidden states.
+        tensors: the other tensors among the arguments, whose values may differ from batch to batch.
+        form: what a recording depends on besides.
+
+    Raises:
+        UnfitError: it cannot be recorded.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        forward: Callable,
+        args: tuple,
+        kwargs: dict[str, Any],
+        batch: Any,
+        device: torch.device,
+    ) -> None:
+        self.layer = layer
+        self._forward, self._args, self._kwargs = forward, args, kwargs
+        self._others = {name: _BATCH if value is batch else value for name, value in kwargs.items()}
+        self.hidden = args[0] if args else self._others.pop("hidden_states", None)
+        if len(args) > 1 or not isinstance(self.hidden, torch.Tensor):
+            raise UnfitError("it is given more than hidden states by place")
+        if self.hidden.device != device or not self.hidden.is_contiguous():
+            raise UnfitError("its hidden states are on another device, or a view")
+        self.tensors: list[torch.Tensor] = []
+        of_hidden = self.hidden.shape, self.hidden.dtype, self.hidden.requires_grad
+        self.form = of_hidden, _form(tuple(self._others.items()), self.tensors), _form_of_modes(layer)
+
+    def check(self) -> None:
+        """Look closer before it is recorded: at the layer, and whether the host has to wait in it."""
+        _check_layer(self.layer)
+        if has_waited(lambda: self._forward(*self._args, **self._kwargs)):
+            raise UnfitError("it waits for the device, to read a number or a size")
+
+    def on(self, hidden: torch.Tensor, tensors: list[torch.Tensor], batch: Any) -> Any:
+        """The layer's result for other hidden states, tensors and batch."""
+        places = iter(tensors)
+        others = {name: _rebuilt(value, places, batch) for name, value in self._others.items()}
+        return self._forward(hidden, **others)
 
 
-def form_of_hidden(hidden: torch.Tensor, device: torch.device) -> Hashable:
-    """What a recording on a device depends on in a layer's hidden states."""
-    if hidden.device != device or not hidden.is_contiguous():
-        raise UnfitError("its hidden states are on another device, or a view")
-    return hidden.shape, hidden.dtype, hidden.requires_grad
-
-
-def form_of_calls(layer: nn.Module) -> Hashable:
-    """Under which modes a layer is called."""
+def _form_of_modes(layer: nn.Module) -> Hashable:
     if not layer.training or not torch.is_grad_enabled() or getattr(layer, "gradient_checkpointing", False):
         raise UnfitError("it is checkpointed, or not in training")
     if hooks_of_all._global_forward_hooks or hooks_of_all._global_forward_pre_hooks:
@@ -65,26 +94,25 @@ def form_of_calls(layer: nn.Module) -> Hashable:
     return torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
 
 
-def form_of(value: object, tensors: list[torch.Tensor]) -> Hashable:
-    """What a recording depends on in an argument; its tensors, whose values may differ, are collected."""
+def _form(value: object, tensors: list[torch.Tensor]) -> Hashable:
+    """What a recording depends on in an argument; its tensors are collected."""
     if isinstance(value, torch.Tensor):
         if value.requires_grad:
             raise UnfitError("an argument has a gradient")
         tensors.append(value)
         return value.shape, value.stride(), value.dtype, value.device
     if isinstance(value, tuple):
-        return tuple(form_of(part, tensors) for part in value)
+        return tuple(_form(part, tensors) for part in value)
     if isinstance(value, _CONSTANTS) or value is _BATCH:
         return value
     raise UnfitError(f"it is given a {type(value).__name__}")
 
 
-def rebuilt(value: object, places: Iterator[Any], batch: Any) -> object:
-    """An argument with the recordings' tensors in place of its own."""
+def _rebuilt(value: object, places: Iterator[torch.Tensor], batch: Any) -> object:
     if isinstance(value, torch.Tensor):
-        return next(places).static
+        return next(places)
     if isinstance(value, tuple):
-        return tuple(rebuilt(part, places, batch) for part in value)
+        return tuple(_rebuilt(part, places, batch) for part in value)
     return batch if value is _BATCH else value
 
 
@@ -117,7 +145,7 @@ _HOOKS = [attrgetter(f"_{kind}") for kind in ("forward_hooks", "forward_pre_hook
 _VALUES = methodcaller("values")
 
 
-def check_layer(layer: nn.Module) -> None:
+def _check_layer(layer: nn.Module) -> None:
     """Refuse a layer in which others look on, who would not be told of a replay, or that is out of the ordinary.
 
     Raises:

@@ -80,6 +80,7 @@ class LayerGraph:
         self._hidden = self._entry.detach().requires_grad_(self.wants_grad)
         with _fresh_leaves(self._layer) as self._leaves, torch.enable_grad():
             self._result = self._call(self._hidden)
+        torch.clear_autocast_cache()  # of what was narrowed for this recording alone
         if not isinstance(self._result, torch.Tensor) or self._result.shape != self._entry.shape:
             raise UnfitError("a layer gives something else than hidden states")
         return [self._entry, self._result.detach().contiguous()]

@@ -7,11 +7,12 @@ it again, since only one series is under way at a time. What a recording gives i
 
 import contextlib
 import gc
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
 
-__all__ = ["Place", "Recording", "can_record"]
+__all__ = ["Place", "Recording", "can_record", "has_waited"]
 
 Tensors = Sequence[torch.Tensor | None]
 
@@ -19,6 +20,22 @@ Tensors = Sequence[torch.Tensor | None]
 def can_record(device: torch.device) -> bool:
     """Whether work on a device can be recorded: NVIDIA's."""
     return device.type == "cuda" and torch.version.hip is None
+
+
+def has_waited(run: Callable[[], object]) -> bool:
+    """Do something without gradients, and say whether the host had to wait for the device, which no graph can do.
+
+    A recording that fails leaves PyTorch's random numbers and its allocator in a state that nothing else can use.
+    """
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as told, torch.no_grad():
+            warnings.simplefilter("always")
+            run()
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    return any("synchronizing CUDA operation" in str(warning.message) for warning in told)
 
 
 class Place:

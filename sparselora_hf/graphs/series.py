@@ -9,16 +9,7 @@ import torch
 from torch import nn
 
 from ..plan import TokenPlan
-from .form import (
-    UnfitError,
-    arguments,
-    check_layer,
-    form_of,
-    form_of_batch,
-    form_of_calls,
-    form_of_hidden,
-    rebuilt,
-)
+from .form import Call, UnfitError, form_of_batch
 from .layer import Input, LayerGraph, replayed
 from .recording import Place
 
@@ -92,6 +83,12 @@ class Take:
     def __reduce__(self):
         return _none, ()  # of a copy
 
+    def enter(self, number: int) -> None:
+        """A layer is called: once, or what was saved for the backward of the first call would be lost."""
+        if number in self.called:
+            raise UnfitError("it is called again for the same batch")
+        self.called.add(number)
+
     def start(self) -> None:
         """Hand the batch's rows to the recordings, before the first of them is replayed."""
         if not self._has_started:
@@ -110,14 +107,9 @@ def _rows_of(plan: TokenPlan) -> list[torch.Tensor]:
 
 
 class Graphs:
-    """Recordings of a model's layers, by the forms of its batches.
-
-    Attributes:
-        fault: why nothing is recorded any more.
-    """
+    """Recordings of a model's layers, by the forms of its batches."""
 
     def __init__(self) -> None:
-        self.fault = ""
         self._place: Place | None = None
         self._series: dict[Hashable, Series] = {}  # the one that was met last is the last, here and below
         self._met: dict[Hashable, bool] = {}
@@ -136,16 +128,12 @@ class Graphs:
 
     def clear(self) -> None:
         """Forget all recordings: what they were made from may change."""
-        self._forget()
-        self._met.clear()
-        self.fault = ""
-
-    def _forget(self) -> None:
         if self._place is not None:
-            self._place.clear()
+            self._place.clear()  # a graph that is still at work is not to be taken apart
         for series in self._series.values():
             series.forget()
         self._series.clear()
+        self._met.clear()
         self._recording = self._place = None
 
     def figures(self) -> dict[str, float]:
@@ -160,9 +148,6 @@ class Graphs:
         self._settle()
         under_way = self.under_way
         if batch.gather is not None or (under_way is not None and under_way.pending):
-            return None
-        if self.fault:
-            self._forget()
             return None
         series = self._series_of(form_of_batch(batch), batch.plan.context.device)
         if series is None:
@@ -190,7 +175,7 @@ class Graphs:
         if not is_made and series.tries < _TRIES:
             if self._place is None or self._place.device != device:
                 self._place = Place(device)
-            self._place.clear()  # a graph that is still at work is not to be taken apart
+            self._place.clear()
             series.forget()
         _put(self._series, form, series, _FORMS)
         return series if is_made or series.tries < _TRIES else None
@@ -219,63 +204,29 @@ class Graphs:
         if take is None or take.is_over:
             return forward(*args, **kwargs)
         try:
-            hidden, others = arguments(args, kwargs, state.batch)
-            graph = self._graph(take, layer, number, state, forward, hidden, others)
+            take.enter(number)
+            call = Call(layer, forward, args, kwargs, state.batch, self._place.device)
+            graph = self._record(take, call, number, state) if take.records else _found(take, call, number)
         except UnfitError as reason:
-            graph = None
+            take.is_over = True  # recordings above may read what this layer's was to write
             if take.records:
                 state.warn_once(f"SparseLoRA: layer {number} and those above are not made CUDA graphs: {reason}.")
-        except RuntimeError as error:
-            graph, self.fault = None, str(error)
-            state.warn_once(f"SparseLoRA: no CUDA graphs are made: {error}.")
-        if graph is None:
-            take.is_over = True  # recordings above may read what this layer's was to write
             return forward(*args, **kwargs)
         take.pending += graph.learns
-        return replayed(self, graph, take, hidden)
+        return replayed(self, graph, take, call.hidden)
 
-    def _graph(
-        self,
-        take: Take,
-        layer: nn.Module,
-        number: int,
-        state: Any,
-        forward: Callable,
-        hidden: torch.Tensor,
-        others: dict[str, Any],
-    ) -> LayerGraph:
-        if number in take.called:
-            raise UnfitError("it is called again for the same batch")
-        take.called.add(number)
-        tensors: list[torch.Tensor] = []
-        form = (
-            form_of_hidden(hidden, self._place.device),
-            form_of(tuple(others.items()), tensors),
-            form_of_calls(layer),
-        )
+    def _record(self, take: Take, call: Call, number: int, state: Any) -> LayerGraph:
+        call.check()
         series = take.series
-        graph = series.layers.get(number)
-        if graph is None and not take.records:
-            raise UnfitError("it was not recorded")
-        if graph is not None:
-            if graph.form != form or not graph.standing.holds():
-                series.is_stale = True
-                raise UnfitError("it has changed since")
-            take.start()
-            for place, tensor in zip(graph.inputs, tensors, strict=True):
-                place.load(tensor, take)
-            return graph
-        check_layer(layer)
-        inputs = [self._input(series, tensor) for tensor in tensors]
+        inputs = [self._input(series, tensor) for tensor in call.tensors]
 
-        def call(static: torch.Tensor) -> torch.Tensor:
-            places = iter(inputs)
-            given = {name: rebuilt(value, places, series.batch) for name, value in others.items()}
-            with _in_hand(state, series.batch), _uncached():
-                return forward(static, **given)
+        def run(hidden: torch.Tensor) -> torch.Tensor:
+            with _in_hand(state, series.batch):
+                return call.on(hidden, [place.static for place in inputs], series.batch)
 
-        graph = LayerGraph(layer, form, inputs, call, self._place)
-        graph.record(hidden, hidden.data_ptr() in self._addresses)
+        graph = LayerGraph(call.layer, call.form, inputs, run, self._place)
+        with _told("forward"):
+            graph.record(call.hidden, call.hidden.data_ptr() in self._addresses)
         self._addresses.add(graph.result.data_ptr())
         series.layers[number] = graph
         return graph
@@ -289,17 +240,25 @@ class Graphs:
         """Gradients of a layer's hidden states and of its parameters."""
         if graph.is_whole:
             return graph.replay_backward(grad, False)
-        try:
+        with _told("backward"):
             grads = graph.replay_backward(grad, grad.data_ptr() in self._addresses)
-        except RuntimeError as error:
-            self.fault = str(error)
-            raise RuntimeError(
-                f"SparseLoRA: the backward of a layer could not be recorded as a CUDA graph ({error}). Train with "
-                "cuda_graphs=False."
-            ) from error
         if graph.grad_hidden is not None:
             self._addresses.add(graph.grad_hidden.data_ptr())
         return grads
+
+
+def _found(take: Take, call: Call, number: int) -> LayerGraph:
+    """A layer's recording, with what it reads in place."""
+    graph = take.series.layers.get(number)
+    if graph is None:
+        raise UnfitError("it was not recorded")
+    if graph.form != call.form or not graph.standing.holds():
+        take.series.is_stale = True
+        raise UnfitError("it has changed since")
+    take.start()
+    for place, tensor in zip(graph.inputs, call.tensors, strict=True):
+        place.load(tensor, take)
+    return graph
 
 
 def _put(known: dict, form: Hashable, value: object, most: int) -> None:
@@ -320,11 +279,12 @@ def _in_hand(state: Any, batch: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _uncached() -> Iterator[None]:
-    """Weights that autocast narrows are not kept: a later forward would read them where they no longer are."""
-    before = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
+def _told(direction: str) -> Iterator[None]:
+    """A fault of a recording with its remedy: CUDA is in no state to go on in."""
     try:
         yield
-    finally:
-        torch.set_autocast_cache_enabled(before)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"SparseLoRA: a layer's {direction} cannot be recorded as a CUDA graph ({error}). Train with "
+            "cuda_graphs=False."
+        ) from error
