@@ -50,7 +50,7 @@ if [ -n "${SPARSELORA_BENCH_SMOKE:-}" ]; then
   all='{mlp_sparsity: 0.9, criterion: static, compensation: low_rank, compensation_rank: 4, dense_if_slower: false}'
 else
   device=cuda large="--model llama-3-8b" small="--model llama-3.2-1b"
-  turns="--rounds 3 --steps 3" liger="sft_liger sft sparse sparse_graphs" parity="tests/kernel_parity"
+  turns="--rounds 2 --steps 4" liger="sft_liger sparse sparse_graphs" parity="tests/kernel_parity"
   times="--shapes math --write-table" attach="--model llama-3-8b"
   protocol() { shape=(--protocol "$1" --batch "$2"); }
   whole='{preset: llama-3-8b-math, dense_if_slower: false}'
@@ -71,8 +71,8 @@ add() { # add PROTOCOL BATCH ARGUMENTS...: one more measurement of the step benc
 run parity 90 $interpret "$python" -m pytest -q --tb=short --maxfail=20 -p no:cacheprovider $parallel $parity
 bench kernels 60 kernel_times --csv "$out/kernels-$device.csv" $times
 # the four protocols against untouched SFTTrainer, launched and replayed; a stand-in in every layer, whatever quality it
-# has; what a trainer does that is told nothing; other batches; the paper's schedule in whole, with what would not pay;
-# the stand-in again where the device has more to do
+# has; what a trainer does that is told nothing; padded rows, a single one; the paper's schedule in whole, with what
+# would not pay
 these="--variants sft sparse sparse_graphs"
 add math 8
 add csr 8 $these
@@ -80,12 +80,15 @@ add code 6 $these
 add wizard 2 $these
 add csr 8 $these --sparse "$all" --csv "$out/step-stand-in-$device.csv"
 add math 8 $these --sparse default --csv "$out/step-default-$device.csv"
-add math 16 $these
 add math 8 $these --fill 0.6
 add math 1 --variants sft exact exact_graphs
 add math 8 $these --sparse "$whole" --csv "$out/step-whole-$device.csv"
-add csr 16 $these --sparse "$all" --csv "$out/step-stand-in-$device.csv"
-bench step 330 step --variants sft exact sparse sparse_graphs $large $turns --csv "$out/step-$device.csv" "${steps[@]}"
+bench step 280 step --variants sft exact sparse sparse_graphs $large $turns --csv "$out/step-$device.csv" "${steps[@]}"
+# against SFTTrainer with fused layer kernels
+protocol math 8
+[ -n "$liger" ] &&
+  bench step-liger 100 step --variants $liger $large $turns --csv "$out/step-liger-$device.csv" "${shape[@]}" \
+    --then --protocol csr --then --protocol code --batch 6 --then --protocol wizard --batch 2
 # where its time goes, and how often the sparse step launches and waits
 protocol math 8
 bench profile 50 profile_step --csv "$out/profile-$device.csv" $these $large "${shape[@]}"
@@ -94,9 +97,4 @@ bench attach 60 attach --csv "$out/attach-$device.csv" $attach
 # a small model
 protocol wizard 2
 bench step-1b 40 step $these $small $turns --csv "$out/step-$device.csv" "${shape[@]}"
-# against SFTTrainer with fused layer kernels; also where the device has more to do
-protocol math 8
-[ -n "$liger" ] &&
-  bench step-liger 100 step --variants $liger $large $turns --csv "$out/step-liger-$device.csv" "${shape[@]}" \
-    --then --batch 16
 echo "== done in $SECONDS s; results in $out"
