@@ -247,6 +247,11 @@ class SparseState:
             if before is not None:
                 before.take = None  # whether its backward is still to come is for its forward's results to know
             self.batch.take = self.graphs.take(self.batch)
+            if self.graphs.is_idle:
+                self.warn_once(
+                    "SparseLoRA: hardly any of the first batches had a shape that had come before, so cuda_graphs "
+                    "gains nothing. Pad to one length: pad_to_multiple_of=max_length."
+                )
         return self.batch
 
     def _warn_without_context(self, plan: TokenPlan) -> None:

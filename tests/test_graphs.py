@@ -265,6 +265,16 @@ def test_figures_tell_the_share_of_replayed_batches(doubles):
     assert not run.figures()
 
 
+@pytest.mark.parametrize("forms", [1, 2])
+def test_a_run_whose_shapes_do_not_come_again_is_told_the_remedy(doubles, caplog, monkeypatch, forms):
+    monkeypatch.setattr(series_module, "_TRIAL", 10)
+    monkeypatch.setattr(series_module, "_FORMS", 1)  # two by turns drive each other out
+    run = loop(GRAPHS.replace(start_step=0), 100)
+    for step in range(20):
+        run.step(batches(2, forms=forms)[step % forms])
+    assert ("pad_to_multiple_of=max_length" in caplog.text) == (forms == 2)
+
+
 def test_forms_beyond_the_most_are_forgotten(doubles, monkeypatch):
     monkeypatch.setattr(series_module, "_FORMS", 1)
     run = loop(GRAPHS.replace(start_step=0), 100)

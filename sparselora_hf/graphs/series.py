@@ -18,6 +18,7 @@ __all__ = ["Graphs", "Take"]
 _FORMS = 32  # so many are kept; one takes the host's memory of two graphs a layer
 _MET = 1024  # so many are remembered as met
 _TRIES = 3  # recordings of one form, where what it was made from changes
+_TRIAL = 100  # batches until it shows whether forms come again
 
 
 class Series:
@@ -114,6 +115,7 @@ class Graphs:
         self._series: dict[Hashable, Series] = {}  # the one that was met last is the last, here and below
         self._met: dict[Hashable, bool] = {}
         self._batches = self._replayed = 0
+        self._trial: list[bool] = []  # of the first batches, whether they were replayed
         self._recording: Series | None = None
         self._under_way: weakref.ref | None = None
         self._addresses: set[int] = set()  # of what recordings give, while a series is recorded
@@ -134,7 +136,13 @@ class Graphs:
             series.forget()
         self._series.clear()
         self._met.clear()
+        self._trial.clear()
         self._recording = self._place = None
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether the trial ends with this batch, and of hardly any of them the form had come before."""
+        return len(self._trial) == _TRIAL and sum(self._trial) < _TRIAL // 10
 
     def figures(self) -> dict[str, float]:
         """Share of batches that were replayed since the last call, for the log."""
@@ -144,7 +152,15 @@ class Graphs:
 
     def take(self, batch: Any) -> Take | None:
         """What a new `ActiveBatch` records or replays; None where it runs as ever."""
+        take = self._take(batch)
+        is_replayed = take is not None and not take.records
         self._batches += 1
+        self._replayed += is_replayed
+        if len(self._trial) <= _TRIAL and batch.gather is None:
+            self._trial.append(is_replayed)
+        return take
+
+    def _take(self, batch: Any) -> Take | None:
         self._settle()
         under_way = self.under_way
         if batch.gather is not None or (under_way is not None and under_way.pending):
@@ -157,7 +173,6 @@ class Graphs:
             self._recording, series.batch = series, batch.twin()
             series.tries += 1
             self._addresses.clear()
-        self._replayed += not records
         take = Take(series, batch.plan, records)
         self._under_way = weakref.ref(take)
         return take
