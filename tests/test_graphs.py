@@ -290,12 +290,13 @@ def test_random_sets_and_models_without_plain_layers_do_without(caplog):
     assert "cuda_graphs is of no effect" in caplog.text
 
 
-def test_a_cpu_records_nothing():
+def test_a_cpu_records_nothing(caplog):
     run = loop(GRAPHS, 10)
     want = loop(GRAPHS.replace(cuda_graphs=False), 10)
     for batch in batches(5):
         assert run.step(batch) == want.step(batch)
     assert not run.handle.state.graphs._series
+    assert caplog.text.count("cuda_graphs is of no effect: it takes an NVIDIA GPU") == 1
 
 
 def test_a_layer_that_waits_for_the_device_is_launched_and_those_above_it(doubles, launched, caplog, monkeypatch):
