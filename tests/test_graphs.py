@@ -214,6 +214,21 @@ def test_what_changes_is_not_replayed(run, doubles, launched, change, monkeypatc
     assert seen is None or len(seen) == 2
 
 
+def test_what_is_added_between_layers_leaves_the_lower_result_alone(run, launched, monkeypatch):
+    """As images are added to the first layers of Qwen3-VL, in some batches and not in others."""
+    batch = batches(1)[0]
+    hook = lambda module, args: (args[0] * args[0].detach().cos(), *args[1:])  # noqa: E731
+    layer = run.model.get_base_model().model.layers[1]
+    for added in (True, True, True, True, False, True):
+        handle = layer.register_forward_pre_hook(hook) if added else None
+        with monkeypatch.context() as without:
+            without.setattr(series_module.Graphs, "take", lambda self, batch: None)
+            want = gradients_of(run, run.forward(batch))
+        assert_close(gradients_of(run, run.forward(batch)), want)
+        if added:
+            handle.remove()
+
+
 def test_after_a_change_layers_are_recorded_anew(run, doubles):
     _scale(run)
     made = len(doubles)

@@ -68,7 +68,7 @@ class LayerGraph:
             is_static: whether they lie where another recording leaves them each time.
         """
         self.wants_grad, self._shape = hidden.requires_grad, hidden.detach()
-        self._entry = self._shape if is_static else None
+        self._entry, self._is_chained = self._shape if is_static else None, is_static
         self._forward = Recording(self._run_forward, self._place)
         self.learns = self._result.requires_grad
         self.entry, self.result = self._forward.outputs
@@ -95,6 +95,10 @@ class LayerGraph:
         self._groups = _by_type(grads)
         joined = [torch.cat([grads[place].reshape(-1) for place in places]) for places in self._groups]
         return [self._grad, None if grad_hidden is None else grad_hidden.contiguous(), *joined]
+
+    def takes(self, hidden: torch.Tensor) -> bool:
+        """Whether hidden states may be put where the recording reads them: another's result is not written over."""
+        return not self._is_chained or hidden.data_ptr() == self.entry.data_ptr()
 
     def replay(self, hidden: torch.Tensor) -> torch.Tensor:
         """Forward: ``[B, S, H]`` to ``[B, S, H]``."""

@@ -267,7 +267,7 @@ def _found(take: Take, call: Call, number: int) -> LayerGraph:
     graph = take.series.layers.get(number)
     if graph is None:
         raise UnfitError("it was not recorded")
-    if graph.form != call.form or not graph.standing.holds():
+    if graph.form != call.form or not graph.standing.holds() or not graph.takes(call.hidden):
         take.series.is_stale = True
         raise UnfitError("it has changed since")
     take.start()
