@@ -138,7 +138,10 @@ class SparseLoraHandle:
                 "handle lists them; config.replace(dense_if_slower=False) makes sparse what is dense for speed alone."
             )
         if self.state.graphs is not None and not self.state.records_on(self.device):
-            logger.warning("SparseLoRA: cuda_graphs is of no effect: it takes an NVIDIA GPU and a single process.")
+            logger.warning(
+                "SparseLoRA: cuda_graphs is of no effect: it takes an NVIDIA GPU with PyTorch's own "
+                "allocator, and a single process."
+            )
         self.state.reset()  # a run that was interrupted may have been sparse
         self.state.meter.reset()
         self.state.warned.clear()

@@ -18,8 +18,8 @@ Tensors = Sequence[torch.Tensor | None]
 
 
 def can_record(device: torch.device) -> bool:
-    """Whether work on a device can be recorded: NVIDIA's."""
-    return device.type == "cuda" and torch.version.hip is None
+    """Whether work on a device can be recorded: NVIDIA's, with PyTorch's own allocator, whose addresses stay."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_allocator_backend() == "native"
 
 
 def has_waited(run: Callable[[], object]) -> bool:
