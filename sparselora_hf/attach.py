@@ -19,6 +19,7 @@ from .counting import count_layers
 from .criteria import CRITERIA
 from .decoder import Layer, causal_model, decoder_layers, language_decoder
 from .distributed import rank_and_world
+from .factors import ScoredWeights
 from .families import ModelFamily, find_family
 from .graphs.series import Graphs
 from .handle import Decision, SparseLoraHandle
@@ -46,8 +47,6 @@ from .parts import Part, attention_part, decide, mlp_part, stand_in_rank
 from .placement import check_weights
 from .selfcheck import difference
 from .state import LayerLink, SparseState
-from .svd import LowRank
-from .svd_cache import SvdCache
 from .versions import check_versions, peft_skips_model_hooks
 from .views import AttentionView, MlpView, Projection, base_linear, part_of
 
@@ -178,12 +177,14 @@ def attach(
     normalised = family.normalises_queries(text_config)
     layers = list(decoder_layers(model, config, family))
     plans = [(layer, *plan) for layer in layers for plan in _plan(layer, config, family, normalised)]
-    factors = _factors(plans, config, family, progress) if CRITERIA[config.criterion].needs_factors else {}
+    scored = ScoredWeights(config)
+    if CRITERIA[config.criterion].needs_factors:
+        _factor(scored, plans, config, family, progress)
     calibration = Calibration(config)
-    criterion = CRITERIA[config.criterion](factors, calibration, config)
+    criterion = CRITERIA[config.criterion](scored.factors, calibration, config)
     shape = count_layers(ModelShape.from_config(causal_model(model).config, family), model, family)
     meter = Meter(shape, stand_in_rank(config))
-    handle = SparseLoraHandle(model, SparseState(config, criterion, calibration, meter), family)
+    handle = SparseLoraHandle(model, SparseState(config, criterion, calibration, meter), family, scored)
     try:
         handle._hooks += [TrainingLayout(model), QuickWalks(model)]
         handle._hooks += ForwardHook(handle.state).register(language_decoder(model), *_entrances(model))
@@ -225,28 +226,25 @@ def _entrances(model: nn.Module) -> list[nn.Module]:
     return [causal_model(model), *tuner]
 
 
-def _factors(
+def _factor(
+    scored: ScoredWeights,
     plans: list[tuple[Layer, Part | None, Decision]],
     config: SparseLoraConfig,
     family: ModelFamily,
     progress: bool | None,
-) -> dict[tuple[int, str], LowRank]:
-    """SVD factors of every weight that a sparse module is scored by, in the weight's own type."""
+) -> None:
+    """SVD factors of every weight that a sparse module is scored by."""
     wanted: list[tuple[tuple[int, str], Projection]] = []
     for layer, part, decision in plans:
         if decision.outcome == "sparse":
             view = MlpView.of(layer.mlp, family) if part.is_mlp else AttentionView.of(layer.attention, family)
             roles = view.inputs if "mlp" in part.kinds or "qk" in part.kinds else ("v",)
             wanted += [((layer.number, role), view.inputs[role]) for role in roles]
-    cache = SvdCache(config.cache_dir)
     show = logging.is_progress_bar_enabled() if progress is None else progress
     show = bool(show and wanted) and rank_and_world()[0] == 0
     bar = tqdm(wanted, desc="SparseLoRA: SVD of the frozen weights", disable=not show)
-    factors = {}
     for key, projection in bar:
-        weight = projection.weight
-        factors[key] = cache.factors(weight, config.rank, config.seed).to(weight.device, weight.dtype)
-    return factors
+        scored.follow(*key, projection.weight)
 
 
 def _patch_part(handle: SparseLoraHandle, layer: Layer, part: Part | None, decision: Decision, last: bool) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers.utils import logging
 from .config import SparseLoraConfig
 from .decoder import Layer, causal_model, decoder_layers
 from .distributed import gather_objects, rank_and_world, whole_weights
+from .factors import ScoredWeights
 from .families import ModelFamily
 from .files import write_atomically
 from .modules.classes import link_of, unpatch
@@ -57,10 +59,11 @@ class SparseLoraHandle:
         source: checkpoint that a resumed run takes its statistics from; None looks where checkpoints usually lie.
     """
 
-    def __init__(self, model: nn.Module, state: SparseState, family: ModelFamily) -> None:
+    def __init__(self, model: nn.Module, state: SparseState, family: ModelFamily, scored: ScoredWeights) -> None:
         self.model = model
         self.state = state
         self.family = family
+        self._scored = scored
         self.decisions: list[Decision] = []
         self.attach_seconds = 0.0
         self.source: Path | None = None
@@ -111,18 +114,21 @@ class SparseLoraHandle:
     def begin_run(self, max_steps: int, step: int = 0) -> None:
         """Resolve the schedule against the length of a run. `SparseLoraCallback` calls this; your own loop has to.
 
+        SVD factors are made anew of frozen weights that have changed since. Every rank must call.
+
         Args:
             max_steps: optimizer steps of the run.
             step: finished steps of a run that is resumed; 0 forgets what an earlier run has gathered.
 
         Raises:
-            ValueError: sparsity would end before it starts, FSDP version 1 has wrapped the layers, or another library
-                has replaced the forward of a sparse module.
+            ValueError: sparsity would end before it starts, FSDP version 1 has wrapped the layers, another library
+                has replaced the forward of a sparse module, or a weight that has changed holds NaN.
         """
         if not self.is_attached:
             logger.warning("SparseLoRA: the model was restored, so training is dense. Call sparsify for a new handle.")
         check_units(self.model)
         self._check_forwards()
+        self._follow_weights()
         self._has_waited = False
         self._schedule, self._max_steps = Schedule.of(self.config, max_steps), max_steps
         schedule = self._schedule
@@ -203,6 +209,24 @@ class SparseLoraHandle:
                 f"Another library has replaced the forward of {len(replaced)} sparse modules ({replaced[0]}), which "
                 'would run dense. With Liger pass liger_kernel_config={"swiglu": False, "geglu": False}.'
             )
+
+    @torch.no_grad()
+    def _follow_weights(self) -> None:
+        """SVD factors of the weights as they are now, a state dict that was loaded or an adapter merged included."""
+        if not self._scored.factors:
+            return
+        start, changed, sparse = time.perf_counter(), 0, self._sparse_parts()
+        for layer in decoder_layers(self.model, self.config, self.family):
+            inputs = MlpView.of(layer.mlp, self.family).inputs if f"{layer.number}.mlp" in sparse else {}
+            if f"{layer.number}.o" in sparse:
+                inputs = inputs | AttentionView.of(layer.attention, self.family).inputs
+            inputs = {role: p for role, p in inputs.items() if (layer.number, role) in self._scored.factors}
+            with whole_weights(layer.module, self.model) if inputs else nullcontext():
+                weights = ((role, projection.weight) for role, projection in inputs.items())
+                changed += sum(self._scored.follow(layer.number, *each) for each in weights)
+        if changed:
+            seconds = time.perf_counter() - start
+            logger.info(f"SparseLoRA: {changed} weights have changed since their SVD, made anew in {seconds:.1f} s.")
 
     def fit(self) -> None:
         """Fit the criterion's and the stand-in's statistics, if they have any, to the sample of the dense steps.

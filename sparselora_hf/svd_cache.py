@@ -19,7 +19,7 @@ from .files import write_atomically
 from .ops.quant import FrozenWeight, QuantisedWeight, read_whole
 from .svd import LowRank, truncated_svd
 
-__all__ = ["SvdCache", "fingerprint"]
+__all__ = ["SvdCache", "fingerprint", "print_of"]
 
 logger = logging.get_logger(__name__)
 
@@ -50,7 +50,8 @@ def fingerprint(weight: torch.Tensor) -> str:
     return digest.hexdigest()
 
 
-def _print_of(weight: FrozenWeight) -> str:
+def print_of(weight: FrozenWeight) -> str:
+    """`fingerprint` of a weight ``[out, in]``, or of all that is stored of a quantised one."""
     if not isinstance(weight, QuantisedWeight):
         return fingerprint(weight)
     parts = [fingerprint(part if part.dim() == 2 else part.reshape(1, -1)) for part in weight.tensors()]
@@ -69,12 +70,14 @@ class SvdCache:
         self.hits = 0
         self._writable = True
 
-    def factors(self, weight: FrozenWeight, rank: int, seed: int = 0) -> LowRank:
+    def factors(self, weight: FrozenWeight, rank: int, seed: int = 0, known: str | None = None) -> LowRank:
         """Factors of a weight, from the cache or computed and stored. Raises what `truncated_svd` raises.
 
         A quantised weight is found by what is stored of it and dequantised only where its factors are not at hand.
+        ``known`` is its `print_of`, where the caller has it.
         """
-        key = hashlib.sha256(f"{_FORMAT}/{_print_of(weight)}/{rank}/{seed}".encode()).hexdigest()
+        known = print_of(weight) if known is None else known
+        key = hashlib.sha256(f"{_FORMAT}/{known}/{rank}/{seed}".encode()).hexdigest()
         path = self.folder / "svd" / f"{key}.safetensors"
         factors = self._read(path, key, weight.shape, rank)
         if factors is not None:

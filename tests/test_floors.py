@@ -24,6 +24,7 @@ FLOORS = {
     "cost": 2,
     "criteria": 2,
     "distributed": 2,
+    "factors": 2,
     "reservoir": 2,
     "standin": 2,
     "svd": 2,

@@ -234,6 +234,22 @@ def test_weights_keep_the_layout_that_has_gradients(batch):
     assert [linear.support_avx512bf16_for_cpu for linear in linears] == before
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_factors_follow_what_is_stored(kind, batch, tmp_path):
+    """Forwards before a run move int8's scales and settle a type of products, which changes no weight."""
+    model, _ = pair(kind)
+    with sparsify(model, SPARSE.replace(criterion="svd", cache_dir=tmp_path), progress=False) as handle:
+        before = dict(handle.state.criterion.factors)
+        loss_and_gradients(model, batch)
+        handle.begin_run(max_steps=10)
+        assert handle.state.criterion.factors == before
+        for module in model.modules():
+            if isinstance(module, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)):
+                module.weight.data.flatten()[:8] += 1
+        handle.begin_run(max_steps=10)
+        assert all(handle.state.criterion.factors[key] is not before[key] for key in before)
+
+
 @pytest.mark.parametrize("storage", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("compute", [torch.bfloat16, torch.float32], ids=str)
 def test_packed_bytes_stored_as_floats(compute, storage, batch):
