@@ -21,6 +21,7 @@ from torch import nn
 from ..channels import ChannelSelection
 from ..state import LayerLink
 from ..views import AttentionView
+from .lora import unmerge_disabled
 
 __all__ = ["AttentionHook"]
 
@@ -52,6 +53,7 @@ class AttentionHook:
 
     def _select(self, view: AttentionView, x: torch.Tensor, rows: torch.Tensor) -> None:
         link, batch, criterion = self.link, self.link.state.batch, self.link.state.criterion
+        unmerge_disabled(view.modules.values())
         x = criterion.sample(x, rows, batch.plan.sequence, batch.plan.groups)
         score = {"qk": criterion.qk, "vo": criterion.vo}
         for kind in self.kinds:

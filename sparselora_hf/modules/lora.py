@@ -1,6 +1,6 @@
 """The LoRA branch of an MLP projection on its kept channels: a full-width branch would undo the saving."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
@@ -15,14 +15,14 @@ __all__ = [
     "kept_inputs",
     "kept_outputs",
     "rewrites_weight",
+    "unmerge_disabled",
 ]
 
 
 def is_plain_lora(module: nn.Module) -> bool:
     """Whether a projection has no adapter, or only adapters whose branch is ``B(A(dropout(x))) · scaling``.
 
-    Those that act now are looked at. False for adapters that are merged and disabled at once, too: PEFT's own
-    forward has to take them out first.
+    Those that act now are looked at.
     """
     from peft.tuners.lora.layer import LoraLayer, ParamWrapper
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -32,7 +32,7 @@ def is_plain_lora(module: nn.Module) -> bool:
     if not isinstance(module, LoraLayer) or isinstance(module, ParamWrapper):
         return False
     if module.disable_adapters or module.merged:
-        return not (module.disable_adapters and module.merged)
+        return True
     return not any(name in module.lora_variant for name in module.active_adapters)
 
 
@@ -91,6 +91,16 @@ def has_branch(module: nn.Module) -> bool:
 def is_merged(module: nn.Module) -> bool:
     """Whether an adapter is merged into a projection's weight; PEFT writes to `data`, which PyTorch does not count."""
     return bool(getattr(module, "merged", False))
+
+
+def unmerge_disabled(modules: Iterable[nn.Module]) -> None:
+    """Take out adapters that are merged and disabled at once, before the weights of these projections are read.
+
+    PEFT does so in its own forwards, which come later or not at all.
+    """
+    for module in modules:
+        if is_merged(module) and module.disable_adapters:
+            module.unmerge()
 
 
 def kept_outputs(module: nn.Module, x: torch.Tensor, y: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

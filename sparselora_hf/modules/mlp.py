@@ -17,7 +17,7 @@ from ..views import MlpView, base_linear
 from .classes import link_of
 from .gate import LeanMlp, view_of
 from .linear import is_bare, product_type
-from .lora import has_branch, is_merged, is_plain_lora, kept_inputs, kept_outputs
+from .lora import has_branch, is_merged, is_plain_lora, kept_inputs, kept_outputs, unmerge_disabled
 
 __all__ = ["SparseMlp"]
 
@@ -38,6 +38,7 @@ class SparseMlp(LeanMlp):
             frozen = None if args or kwargs else self._frozen(x)
             if frozen is not None:
                 return mixed_mlp(x, frozen, rows.dense, functools.partial(self._select, rows))
+            unmerge_disabled(view_of(self).modules.values())
             if not self._can_be_sparse():
                 return self.dense_forward(x, *args, **kwargs)
         flat = x.reshape(-1, x.shape[-1])
