@@ -151,6 +151,20 @@ def test_estimate_of_a_configuration_file_without_weights(capsys, tmp_path):
         assert json.loads(capsys.readouterr().out)["model"]["layers"] == 2
 
 
+def test_estimate_says_what_it_takes_an_unknown_type_for(capsys, tmp_path, monkeypatch):
+    from transformers import BertConfig, LlamaConfig
+    from transformers.utils import logging
+
+    told = []
+    monkeypatch.setattr(logging.get_logger("sparselora_hf.cli.estimate"), "warning", told.append)
+    for config, count in ((LlamaConfig(num_hidden_layers=2), 0), (BertConfig(num_hidden_layers=2), 1)):
+        config.save_pretrained(tmp_path)
+        assert main(["estimate", str(tmp_path), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["model"]["mlp_matrices"] == 3
+        assert len(told) == count
+    assert "'bert'" in told[0] and "a gated MLP" in told[0]
+
+
 def test_estimate_errors(capsys, tmp_path):
     assert "layer 33 does not exist" in error_of(capsys, "estimate", "llama-3-8b", "--mlp_sparsity", "{33: 0.9}")
     assert "There is no preset 'x'" in error_of(capsys, "estimate", "llama-3-8b", "--preset", "x")

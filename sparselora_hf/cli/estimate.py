@@ -65,13 +65,22 @@ def model_shape(name: str) -> ModelShape:
 
 
 def counted_shape(config: Any) -> ModelShape:
-    """Shape of a configuration; of a known family, counted in its modules, which are built without memory."""
+    """Shape of a configuration; of a known family, counted in its modules, which are built without memory.
+
+    Of an unknown one it is what `ModelShape.from_config` takes for granted, with a warning.
+    """
     import torch
     from transformers import MODEL_MAPPING, AutoModel
+    from transformers.utils import logging
 
     shape, text_config = ModelShape.from_config(config), config.get_text_config()
     family = FAMILIES.get(text_config.model_type)
     if family is None:
+        logging.get_logger(__name__).warning(
+            f"Model type {text_config.model_type!r} is in no row of the family table. Counted are, in every layer "
+            "alike, a gated MLP (gate, up, down) and an attention with q, k, v and o, which the model may not have. "
+            "To train it, describe it with ModelFamily(...)."
+        )
         return shape
     source = text_config if type(text_config) in MODEL_MAPPING else config  # PaddleOCR-VL's tower is none by itself
     with torch.device("meta"):
