@@ -76,6 +76,24 @@ def test_an_empty_file_gets_its_header(bench, tmp_path):
     assert (tmp_path / "rows.csv").read_text().split() == ["number", "1", "2"]
 
 
+def test_a_full_disk_leaves_no_half_row(bench, tmp_path):
+    resource = pytest.importorskip("resource", reason="no limits on the size of files here")
+    path, row = tmp_path / "rows.csv", {"number": 1, "text": "x" * 400}
+    bench.study.append_csv(path, [row])
+    before, (soft, hard) = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 700, hard))  # one row more fits, and half of another
+    try:
+        with pytest.raises(OSError):
+            bench.study.append_csv(path, [row, row])
+        assert path.read_bytes() == before
+        bench.study.append_csv(path, [row])
+        with pytest.raises(OSError):
+            bench.study.append_csv(path, [row])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_text().splitlines() == ["number,text", *[f"1,{'x' * 400}"] * 2]
+
+
 def test_exact_savings_change_no_held_out_loss(bench, tiny, tmp_path):
     losses = {arm: bench.study.run("tiny", arm, 0, None, tmp_path)["heldout_loss"] for arm in ("dense", "exact")}
     losses["untrained"] = bench.study.run("tiny", "untrained", 0, None, tmp_path)["heldout_loss"]

@@ -13,8 +13,10 @@ FLOPs that the cost model gives, attention, LoRA and head included.
 
 import argparse
 import csv
+import errno
 import functools
 import gc
+import io
 import itertools
 import json
 import os
@@ -342,13 +344,22 @@ def _cpu_name() -> str:
 
 
 def append_csv(path: Path, rows: list[dict]) -> None:
-    """Append rows; a new file, or an empty one, gets the header."""
+    """Append rows, all or none; a new file, or an empty one, gets the header.
+
+    Raises:
+        OSError: they do not fit on the disk; the file is as it was.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        if not file.tell():
+    with path.open("ab", buffering=0) as file:  # at once: what a buffer holds would be tried again when it is closed
+        end, text = file.tell(), io.StringIO(newline="")
+        writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+        if not end:
             writer.writeheader()
         writer.writerows(rows)
+        data = text.getvalue().encode()
+        if file.write(data) < len(data):
+            file.truncate(end)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
 def table_of(rows: list[dict]) -> Table:
