@@ -1,16 +1,14 @@
-"""CUDA graphs of decoder layers, on a CPU by a double that runs anew what a GPU would replay."""
+"""CUDA graphs of decoder layers, on a CPU by a double that does again what a GPU would replay."""
 
 import copy
-import functools
 import pickle
-import unittest.mock
 import warnings
-from typing import ClassVar
 
 import pytest
 import torch
 from helpers import make_batch
 from looping import GRAPHS, SETTINGS, batches, loop, train
+from tape import Here, Taped
 
 from sparselora_hf import state as state_module
 from sparselora_hf.graphs import form as form_module
@@ -20,60 +18,18 @@ from sparselora_hf.graphs import series as series_module
 from sparselora_hf.plan import TokenPlan
 
 
-class Rerun:
-    """A recording's double: it runs again and writes its results where those of the first time lie."""
-
-    def __init__(self, run, place):
-        place.recordings.append(self)
-        self._run = run
-        retain = functools.partial(torch.autograd.grad, retain_graph=True)  # recording computes nothing
-        with unittest.mock.patch("torch.autograd.grad", retain):
-            self.outputs = list(run())
-        self.replays = 0
-
-    def replay(self):
-        self.replays += 1
-        for before, now in zip(self.outputs, self._run(), strict=True):
-            if before is not None and before is not now:
-                before.data.copy_(now)
-
-    def release(self):
-        pass
-
-
-class Here:
-    """A place's double."""
-
-    recordings: ClassVar[list] = []
-
-    def __init__(self, device):
-        self.device = device
-
-    def clear(self):
-        pass
-
-
 def rehearse(run):
     with torch.no_grad():
         run()
     return False
 
 
-def forgetful(in_hand, state, batch):
-    """What Python remembers of the first time, a GPU computes anew each time."""
-    batch.selections.clear()
-    batch._places = state.criterion._picked = None
-    return in_hand(state, batch)
-
-
 @pytest.fixture
 def doubles(monkeypatch):
     """Layers are recorded on a CPU."""
-    monkeypatch.setattr(layer_module, "Recording", Rerun)
-    monkeypatch.setattr(layer_module.LayerGraph, "release", lambda self: None)
+    monkeypatch.setattr(layer_module, "Recording", Taped)
     monkeypatch.setattr(form_module, "has_waited", rehearse)
     monkeypatch.setattr(series_module, "Place", Here)
-    monkeypatch.setattr(series_module, "_in_hand", functools.partial(forgetful, series_module._in_hand))
     monkeypatch.setattr(state_module, "can_record", lambda device: True)
     monkeypatch.setattr(Here, "recordings", [])
     return Here.recordings
