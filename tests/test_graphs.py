@@ -207,6 +207,50 @@ def test_checkpointed_layers_and_caches_are_launched(doubles, caplog):
     assert "it is given a DynamicCache" in caplog.text
 
 
+def test_results_of_layers_that_learn_nothing_are_there_until_the_backward(doubles):
+    def without_norm(model):  # the last layer keeps its input for backward
+        model.get_base_model().model.layers[3].input_layernorm = torch.nn.Identity()
+
+    run = loop(GRAPHS.replace(start_step=0), 100, change=without_norm, lora={"layers_to_transform": [3]})
+    one, other = batches(2)
+    for _ in range(3):
+        run.step(one, learn=False)
+    assert replays(doubles)
+    want = [gradients_of(run, run.forward(batch)) for batch in (one, other)]
+    losses = [run.forward(batch) for batch in (one, other)]
+    assert_close(gradients_of(run, losses[0]), want[0])
+    assert_close(gradients_of(run, losses[1]), want[1])
+
+
+def test_gradients_that_accumulate_below_the_layers_are_not_overwritten(doubles, monkeypatch):
+    def gradient():
+        run = loop(GRAPHS.replace(start_step=0), 10)
+        added = torch.zeros(3, 14, 64, requires_grad=True)
+        for step, batch in enumerate(batches(5)):
+            if step == 3:
+                added.grad = None  # it is then taken from a replay
+            run.handle.begin_step(step)
+            embeds = run.model.get_input_embeddings()(batch["input_ids"]) + added
+            rest = {name: tensor for name, tensor in batch.items() if name != "input_ids"}
+            run.model(inputs_embeds=embeds, **rest).loss.backward()
+        return added.grad
+
+    got = gradient()
+    assert replays(doubles)
+    monkeypatch.setattr(series_module.Graphs, "take", lambda self, batch: None)
+    assert torch.allclose(got, gradient(), rtol=1e-5, atol=1e-7)
+
+
+def test_merged_adapters_leave_a_loss_without_gradient(run, doubles):
+    run.model.merge_adapter()
+    before = replays(doubles)
+    for batch in batches(4):
+        assert not run.forward(batch).requires_grad
+    assert replays(doubles) > before
+    run.model.unmerge_adapter()
+    assert run.forward(batches(1)[0]).requires_grad
+
+
 def test_a_new_run_and_a_restored_model_know_no_recordings(run, doubles):
     graphs = run.handle.state.graphs
     assert graphs._series

@@ -104,7 +104,8 @@ class LayerGraph:
         """Forward: ``[B, S, H]`` to ``[B, S, H]``."""
         _move(hidden, self.entry)
         self._forward.replay()
-        return self.result.detach()
+        # without a backward of its own nothing tells how long those above have need of it
+        return self.result.detach() if self.learns else self.result.clone()
 
     def replay_backward(self, grad: torch.Tensor, is_static: bool) -> list[torch.Tensor | None]:
         """Gradient of the result to those of the hidden states and of the parameters, recorded the first time."""
@@ -172,7 +173,8 @@ class _Replay(torch.autograd.Function):
     def forward(ctx, graphs, graph, take, hidden, *parameters):
         ctx.set_materialize_grads(False)
         ctx.of = graphs, graph, take
-        ctx.is_spent, ctx.is_kept = False, hidden.is_leaf  # the gradient of a leaf outlives the step
+        ctx.is_spent = False
+        ctx.is_kept = not isinstance(hidden.grad_fn, _Replay._backward_cls)  # a gradient may outlive the step there
         return graph.replay(hidden)
 
     @staticmethod
@@ -195,7 +197,7 @@ class _Replay(torch.autograd.Function):
 
 
 def replayed(graphs: Any, graph: LayerGraph, take: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """A layer's result, ``[B, S, H]`` to ``[B, S, H]``, differentiable once.
+    """A layer's result, ``[B, S, H]`` to ``[B, S, H]``, differentiable once where the layer learns.
 
     Args:
         graphs: the model's `Graphs`, which replay the backward.
@@ -203,4 +205,6 @@ def replayed(graphs: Any, graph: LayerGraph, take: Any, hidden: torch.Tensor) ->
         take: the batch under way.
         hidden: hidden states.
     """
+    if not graph.learns:
+        return graph.replay(hidden.detach())
     return _Replay.apply(graphs, graph, take, hidden, *graph.parameters)
