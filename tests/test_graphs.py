@@ -154,7 +154,29 @@ def _move(run):
     weight.data = weight.data.clone().mul_(2)
 
 
-@pytest.mark.parametrize("change", [_disable, _freeze, _watch, _scale, _move])
+def _layer(run):
+    return run.model.get_base_model().model.layers[2]
+
+
+def _watch_backward(run):
+    seen = []
+    _layer(run).mlp.register_full_backward_pre_hook(lambda *args: seen.append(1))
+    return seen
+
+
+def _sharpen(run):
+    _layer(run).self_attn.scaling *= 2
+
+
+def _replace(run):
+    own = _layer(run).mlp.forward
+    _layer(run).mlp.forward = lambda x: 2 * own(x)
+
+
+CHANGES = [_disable, _freeze, _watch, _scale, _move, _watch_backward, _sharpen, _replace]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_what_changes_is_not_replayed(run, doubles, launched, change, monkeypatch):
     batch = batches(1)[0]
     run.step(batch)
@@ -205,6 +227,20 @@ def test_checkpointed_layers_and_caches_are_launched(doubles, caplog):
     assert not doubles
     assert "it is checkpointed" in caplog.text
     assert "it is given a DynamicCache" in caplog.text
+
+
+def test_a_dropout_that_is_switched_off_is_not_replayed(doubles, monkeypatch):
+    run = loop(GRAPHS.replace(start_step=0), 10, lora={"dropout": 0.5})
+    batch = batches(1)[0]
+    for _ in range(4):
+        run.step(batch, learn=False)
+    assert replays(doubles)
+    for module in run.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    got = run.forward(batch).item()
+    monkeypatch.setattr(series_module.Graphs, "take", lambda self, batch: None)
+    assert got == run.forward(batch).item()
 
 
 def test_results_of_layers_that_learn_nothing_are_there_until_the_backward(doubles):

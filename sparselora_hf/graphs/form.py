@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Hashable, Iterator
-from operator import attrgetter, methodcaller
+from operator import attrgetter, itemgetter, methodcaller
 from typing import Any
 
 import torch
@@ -117,10 +117,12 @@ def _rebuilt(value: object, places: Iterator[torch.Tensor], batch: Any) -> objec
 
 
 class Standing:
-    """What a recording of a layer takes for granted: its modules and their modes, hooks, adapters and addresses."""
+    """What a recording of a layer takes for granted of its modules: numbers they keep, hooks, adapters, addresses."""
 
     def __init__(self, layer: nn.Module) -> None:
         self._modules = list(layer.modules())
+        self._named = list(map(vars, self._modules))
+        self._numbers = list(map(_getter, self._named))
         self._adapters = [module for module in self._modules if hasattr(module, "lora_A")]
         self._children = list(map(dict, map(_CHILDREN, self._modules)))
         self._facts = self._look()
@@ -137,11 +139,20 @@ class Standing:
             for a in self._adapters
         ]
         addresses = [(p.data_ptr(), p.requires_grad) for p in own if p is not None]
-        return list(map(_TRAINING, self._modules)), hooks, adapters, addresses
+        numbers = [get(named) for get, named in zip(self._numbers, self._named, strict=True)]
+        replaced = ["forward" in named for named in self._named]
+        return numbers, replaced, hooks, adapters, addresses
 
 
-_CHILDREN, _OWN, _TRAINING = map(attrgetter, ("_modules", "_parameters", "training"))
-_HOOKS = [attrgetter(f"_{kind}") for kind in ("forward_hooks", "forward_pre_hooks", "backward_hooks")]
+def _getter(named: dict[str, Any]) -> itemgetter:
+    """Takes the plain attributes out of a module's own: its mode, a dropout's probability, the scale of attention."""
+    return itemgetter(*(name for name, value in named.items() if isinstance(value, (bool, int, float, str))))
+
+
+_CHILDREN, _OWN = map(attrgetter, ("_modules", "_parameters"))
+_HOOKS = [
+    attrgetter(f"_{kind}") for kind in ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+]
 _VALUES = methodcaller("values")
 
 
@@ -156,7 +167,7 @@ def _check_layer(layer: nn.Module) -> None:
     for name, module in layer.named_modules():
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
         # before the layer itself they are called at a replay, too
-        if name and not (all(map(_is_ours, hooks)) and not module._backward_hooks):
+        if name and not (all(map(_is_ours, hooks)) and not module._backward_hooks | module._backward_pre_hooks):
             raise UnfitError(f"{name} has hooks")
         adapters = getattr(module, "lora_A", None)
         if adapters is not None and (not isinstance(adapters, nn.ModuleDict) or module.lora_variant):
