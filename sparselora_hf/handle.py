@@ -307,6 +307,7 @@ class SparseLoraHandle:
         self.source, path = Path(folder), Path(folder) / CALIBRATION_FILE
         calibration, devices = self.state.calibration, self._layer_devices()
         calibration.reset()
+        self.state.forget_graphs()
         if not path.is_file():
             return False
         try:

@@ -287,6 +287,16 @@ def test_merged_adapters_leave_a_loss_without_gradient(run, doubles):
     assert run.forward(batches(1)[0]).requires_grad
 
 
+def test_statistics_from_a_checkpoint_are_not_those_of_the_recordings(doubles, tmp_path):
+    run = loop(GRAPHS.replace(criterion="static"), 100)
+    for batch in batches(8):
+        run.step(batch, learn=False)
+    run.handle.save(tmp_path)
+    assert run.handle.state.graphs._series
+    assert run.handle.load(tmp_path)
+    assert not run.handle.state.graphs._series
+
+
 def test_a_new_run_and_a_restored_model_know_no_recordings(run, doubles):
     graphs = run.handle.state.graphs
     assert graphs._series
