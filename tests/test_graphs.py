@@ -308,6 +308,23 @@ def test_a_new_run_and_a_restored_model_know_no_recordings(run, doubles):
     assert replays(doubles) == before
 
 
+def test_a_run_after_one_that_an_error_ended_is_replayed_while_the_traceback_is_kept(run, doubles):
+    def fail(*args):
+        raise KeyboardInterrupt
+
+    hook = run.model.get_base_model().model.layers[3].register_forward_pre_hook(fail)
+    with pytest.raises(KeyboardInterrupt) as kept:
+        run.step(batches(1)[0])
+    hook.remove()
+    assert run.handle.state.graphs.under_way.pending == 3
+    run.handle.begin_run(100)
+    before = replays(doubles)
+    for batch in batches(3):
+        run.step(batch)
+    assert replays(doubles) == before + 2 * 6
+    assert kept
+
+
 def test_a_copy_of_the_model_records_for_itself(run, doubles):
     twin = copy.deepcopy(run.model)
     graphs = twin.get_base_model().model.layers[0].__dict__["_sparselora"][0].graphs

@@ -132,6 +132,8 @@ class Graphs:
         """Forget all recordings: what they were made from may change."""
         if self._place is not None:
             self._place.clear()  # a graph that is still at work is not to be taken apart
+        if (under_way := self.under_way) is not None:  # the traceback of an error may keep it for long
+            under_way.pending = 0  # it shares no memory with recordings to come
         for series in self._series.values():
             series.forget()
         self._series.clear()
@@ -163,7 +165,7 @@ class Graphs:
     def _take(self, batch: Any) -> Take | None:
         self._settle()
         under_way = self.under_way
-        if batch.gather is not None or (under_way is not None and under_way.pending):
+        if batch.gather is not None or (under_way is not None and under_way.pending > 0):
             return None
         series = self._series_of(form_of_batch(batch), batch.plan.context.device)
         if series is None:
