@@ -400,6 +400,15 @@ def test_what_makes_the_host_wait_is_noticed(monkeypatch, waits):
     assert modes[-1] == "default"
 
 
+def test_what_was_narrowed_without_gradients_is_narrowed_again(monkeypatch):
+    done = []
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: "default")
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: None)
+    monkeypatch.setattr(torch, "clear_autocast_cache", lambda: done.append("cleared"))
+    recording_module.has_waited(lambda: done.append("run"))
+    assert done == ["run", "cleared"]
+
+
 def test_a_fault_while_recording_names_the_remedy(doubles, monkeypatch):
     def fail(self):
         raise RuntimeError("operation not permitted")
