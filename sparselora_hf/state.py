@@ -63,7 +63,8 @@ class ActiveBatch:
     Attributes:
         left_out: the savings but those whose rows are too few in this batch: what is dense computes them all the same.
         is_at_last_layer: whether the last layer has been called.
-        take: what CUDA graphs make of the batch; None runs as ever.
+        may_replay: whether layers still to come may be recorded as CUDA graphs, or replayed.
+        take: what became of those that came.
     """
 
     def __init__(self, plan: TokenPlan, sparse: bool, savings: frozenset[str], step: int = 0) -> None:
@@ -75,6 +76,7 @@ class ActiveBatch:
         self.gather: tuple[torch.Tensor, torch.Tensor] | None = None  # rows to sample, slots they take
         self.gathered: set[str] = set()
         self.is_at_last_layer = False
+        self.may_replay = False
         self.take: Take | None = None
         self.left_out = savings - self._too_few(plan)
         self._rows: dict[tuple[bool, bool, torch.device], Rows] = {}
@@ -245,8 +247,9 @@ class SparseState:
             self.batch.gather = to_device(rows, device), to_device(slots, device)
         if records:
             if before is not None:
-                before.take = None  # whether its backward is still to come is for its forward's results to know
-            self.batch.take = self.graphs.take(self.batch)
+                # whether its backward is still to come is for its forward's results to know
+                before.take, before.may_replay = None, False
+            self.graphs.meet(self.batch)
             if self.graphs.is_idle:
                 self.warn_once(
                     "SparseLoRA: hardly any of the first batches had a shape that had come before, so cuda_graphs "

@@ -56,6 +56,10 @@ ROWS: dict[str, dict[str, tuple[str, ...]]] = {
         "gradient checkpointing, reentrant": (_MACHINERY.format("checkpointing, reentrant"),),
         "bf16 autocast": tuple(_AUTOCAST.format(settings) for settings in ("exact", "sparse")),
         "fp16 autocast": (_MACHINERY.format("fp16, which a CPU leaves aside"),),
+        "CUDA graphs": tuple(
+            f"test_graphs.py::test_replayed_steps_train_as_launched_ones[2-{autocast}-the paper's]"
+            for autocast in (False, True)
+        ),
         "torch_compile": ("test_machinery.py::test_compiled_run_needs_a_bounded_number_of_graphs",),
         "activation offloading": ("test_machinery.py::test_offloaded_activations_give_the_same_run[plain]",),
         "evaluation with compute_metrics": ("test_machinery.py::test_evaluation_with_metrics_and_predict",),

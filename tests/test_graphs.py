@@ -51,7 +51,7 @@ def launched(monkeypatch):
 
     def run(*args, **kwargs):
         with monkeypatch.context() as without:
-            without.setattr(series_module.Graphs, "take", lambda self, batch: None)
+            without.setattr(series_module.Graphs, "take", lambda self, batch, form: None)
             return train(*args, **kwargs)
 
     return run
@@ -84,6 +84,20 @@ def gradients_of(run, loss):
 def assert_close(one, other):
     for got, want in zip(one, other, strict=True):
         assert (got is None and want is None) or torch.allclose(got, want, rtol=1e-5, atol=1e-8)
+
+
+def test_padding_that_rounding_fills_up_is_told_from_none(doubles, launched):
+    """The numbers of rows are the same, but layers are given a mask in one case."""
+    whole, padded = ((10, 10, 10), (4, 4, 4)), ((10, 10, 9), (4, 4, 4))
+    plans = [TokenPlan.of_inputs(make_batch(*lengths)).rounded() for lengths in (whole, padded)]
+    assert len({(len(plan.context), len(plan.output), plan.real is None) for plan in plans}) == 1
+    config, steps = GRAPHS.replace(start_step=0), [make_batch(*(whole, padded)[i % 2], seed=i) for i in range(12)]
+    assert_equal(launched(config, steps, autocast=True), train(config, steps, autocast=True))
+    assert len(doubles) == 2 * 6
+    run = loop(config, 12, autocast=True)
+    for step in steps:
+        run.step(step)
+    assert run.figures()["sparselora/replayed"] == round(8 / 12, 4)
 
 
 @pytest.mark.parametrize("gather", [2, 3])
@@ -182,7 +196,7 @@ def test_what_changes_is_not_replayed(run, doubles, launched, change, monkeypatc
     run.step(batch)
     seen = change(run)
     with monkeypatch.context() as without:
-        without.setattr(series_module.Graphs, "take", lambda self, batch: None)
+        without.setattr(series_module.Graphs, "take", lambda self, batch, form: None)
         loss = run.forward(batch)
         want = loss.item(), gradients_of(run, loss) if loss.requires_grad else None
     loss = run.forward(batch)
@@ -200,7 +214,7 @@ def test_what_is_added_between_layers_leaves_the_lower_result_alone(run, launche
     layer.register_forward_pre_hook(lambda module, args: (args[0] * args[0], *args[1:]) if added else None)
     for added in (False, False, False, True, True, False, True):  # noqa: B007
         with monkeypatch.context() as without:
-            without.setattr(series_module.Graphs, "take", lambda self, batch: None)
+            without.setattr(series_module.Graphs, "take", lambda self, batch, form: None)
             want = gradients_of(run, run.forward(batch))
         assert_close(gradients_of(run, run.forward(batch)), want)
 
@@ -239,7 +253,7 @@ def test_a_dropout_that_is_switched_off_is_not_replayed(doubles, monkeypatch):
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     got = run.forward(batch).item()
-    monkeypatch.setattr(series_module.Graphs, "take", lambda self, batch: None)
+    monkeypatch.setattr(series_module.Graphs, "take", lambda self, batch, form: None)
     assert got == run.forward(batch).item()
 
 
@@ -273,7 +287,7 @@ def test_gradients_that_accumulate_below_the_layers_are_not_overwritten(doubles,
 
     got = gradient()
     assert replays(doubles)
-    monkeypatch.setattr(series_module.Graphs, "take", lambda self, batch: None)
+    monkeypatch.setattr(series_module.Graphs, "take", lambda self, batch, form: None)
     assert torch.allclose(got, gradient(), rtol=1e-5, atol=1e-7)
 
 

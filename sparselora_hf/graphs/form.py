@@ -11,7 +11,7 @@ from torch.nn.modules import module as hooks_of_all
 
 from .recording import has_waited
 
-__all__ = ["Call", "Standing", "UnfitError", "form_of_batch"]
+__all__ = ["Call", "NotNowError", "Standing", "UnfitError", "form_of_batch"]
 
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype)
 _BATCH = object()  # stands for the batch among a layer's arguments
@@ -19,6 +19,10 @@ _BATCH = object()  # stands for the batch among a layer's arguments
 
 class UnfitError(Exception):
     """Why a call is not recorded, or a recording does not serve."""
+
+
+class NotNowError(UnfitError):
+    """The same where another call may be."""
 
 
 def form_of_batch(batch: Any) -> Hashable:
@@ -38,7 +42,6 @@ class Call:
         args: what it is given by place.
         kwargs: what it is given by name.
         batch: the batch in hand.
-        device: of recordings.
 
     Attributes:
         hidden: hidden states.
@@ -56,7 +59,6 @@ class Call:
         args: tuple,
         kwargs: dict[str, Any],
         batch: Any,
-        device: torch.device,
     ) -> None:
         self.layer = layer
         self._forward, self._args, self._kwargs = forward, args, kwargs
@@ -64,7 +66,7 @@ class Call:
         self.hidden = args[0] if args else self._others.pop("hidden_states", None)
         if len(args) > 1 or not isinstance(self.hidden, torch.Tensor):
             raise UnfitError("it is given more than hidden states by place")
-        if self.hidden.device != device or not self.hidden.is_contiguous():
+        if self.hidden.device != batch.plan.context.device or not self.hidden.is_contiguous():
             raise UnfitError("its hidden states are on another device, or a view")
         self.tensors: list[torch.Tensor] = []
         of_hidden = self.hidden.shape, self.hidden.dtype, self.hidden.requires_grad

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..ops.once import once_differentiable
-from .form import Standing, UnfitError
+from .form import NotNowError, Standing, UnfitError
 from .recording import Place, Recording
 
 __all__ = ["Input", "LayerGraph", "replayed"]
@@ -26,7 +26,7 @@ class Input:
         """Take over the tensor of a batch under way, once for all layers that are given it."""
         if self.take is not None and self.take() is take:
             if self.given is not tensor:
-                raise UnfitError("layers are given several tensors where they were given one")
+                raise NotNowError("layers are given several tensors where they were given one")
             return
         self.static.copy_(tensor)
         self.given, self.take = tensor, weakref.ref(take)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..plan import TokenPlan
-from .form import Call, UnfitError, form_of_batch
+from .form import Call, NotNowError, UnfitError, form_of_batch
 from .layer import Input, LayerGraph, replayed
 from .recording import Place
 
@@ -69,7 +69,6 @@ class Take:
     Attributes:
         pending: layers that wait for their backward.
         called: numbers of the layers that were called.
-        is_over: whether the layers still to come run as ever.
     """
 
     def __init__(self, series: Series, plan: TokenPlan, records: bool) -> None:
@@ -78,7 +77,6 @@ class Take:
         self.records = records
         self.pending = 0
         self.called: set[int] = set()
-        self.is_over = False
         self._has_started = records  # recordings are made on rows that are the batch's already
 
     def __reduce__(self):
@@ -87,7 +85,7 @@ class Take:
     def enter(self, number: int) -> None:
         """A layer is called: once, or what was saved for the backward of the first call would be lost."""
         if number in self.called:
-            raise UnfitError("it is called again for the same batch")
+            raise NotNowError("it is called again for the same batch")
         self.called.add(number)
 
     def start(self) -> None:
@@ -143,8 +141,8 @@ class Graphs:
 
     @property
     def is_idle(self) -> bool:
-        """Whether the trial ends with this batch, and of hardly any of them the form had come before."""
-        return len(self._trial) == _TRIAL and sum(self._trial) < _TRIAL // 10
+        """Whether the trial is over, and of hardly any of its batches the form had come before."""
+        return len(self._trial) > _TRIAL and sum(self._trial) < _TRIAL // 10
 
     def figures(self) -> dict[str, float]:
         """Share of batches that were replayed since the last call, for the log."""
@@ -152,22 +150,25 @@ class Graphs:
         self._replayed = self._batches = 0
         return {"sparselora/replayed": share}
 
-    def take(self, batch: Any) -> Take | None:
-        """What a new `ActiveBatch` records or replays; None where it runs as ever."""
-        take = self._take(batch)
-        is_replayed = take is not None and not take.records
-        self._batches += 1
-        self._replayed += is_replayed
-        if len(self._trial) <= _TRIAL and batch.gather is None:
-            self._trial.append(is_replayed)
-        return take
-
-    def _take(self, batch: Any) -> Take | None:
+    def meet(self, batch: Any) -> None:
+        """A new `ActiveBatch` has come. What becomes of it its first layer tells, by what it is given."""
         self._settle()
+        self._batches += 1
+        batch.may_replay = batch.gather is None
+        if batch.may_replay and len(self._trial) <= _TRIAL:
+            self._trial.append(False)
+
+    def take(self, batch: Any, form: Hashable) -> Take | None:
+        """What a batch records or replays; None where it runs as ever.
+
+        Args:
+            batch: the `ActiveBatch`.
+            form: of what its first layer is given.
+        """
         under_way = self.under_way
-        if batch.gather is not None or (under_way is not None and under_way.pending > 0):
+        if under_way is not None and under_way.pending > 0:
             return None
-        series = self._series_of(form_of_batch(batch), batch.plan.context.device)
+        series = self._series_of((form_of_batch(batch), form), batch.plan.context.device)
         if series is None:
             return None
         records = not series.layers
@@ -175,6 +176,9 @@ class Graphs:
             self._recording, series.batch = series, batch.twin()
             series.tries += 1
             self._addresses.clear()
+        else:
+            self._replayed += 1
+            self._trial[-1] |= len(self._trial) <= _TRIAL
         take = Take(series, batch.plan, records)
         self._under_way = weakref.ref(take)
         return take
@@ -217,20 +221,26 @@ class Graphs:
             args: what it is given by place.
             kwargs: what it is given by name.
         """
-        take = None if state.batch is None else state.batch.take
-        if take is None or take.is_over:
+        batch = state.batch
+        if batch is None or not batch.may_replay:
             return forward(*args, **kwargs)
         try:
-            take.enter(number)
-            call = Call(layer, forward, args, kwargs, state.batch, self._place.device)
-            graph = self._record(take, call, number, state) if take.records else _found(take, call, number)
+            call = Call(layer, forward, args, kwargs, batch)
+            batch.take = batch.take or self.take(batch, call.form)
+            graph = self._graph(batch.take, call, number, state)
         except UnfitError as reason:
-            take.is_over = True  # recordings above may read what this layer's was to write
-            if take.records:
+            batch.may_replay = False  # recordings above may read what this layer's was to write
+            if not isinstance(reason, NotNowError):
                 state.warn_once(f"SparseLoRA: layer {number} and those above are not made CUDA graphs: {reason}.")
             return forward(*args, **kwargs)
-        take.pending += graph.learns
-        return replayed(self, graph, take, call.hidden)
+        batch.take.pending += graph.learns
+        return replayed(self, graph, batch.take, call.hidden)
+
+    def _graph(self, take: Take | None, call: Call, number: int, state: Any) -> LayerGraph:
+        if take is None:
+            raise NotNowError("the form is met for the first time, or another batch is under way")
+        take.enter(number)
+        return self._record(take, call, number, state) if take.records else _found(take, call, number)
 
     def _record(self, take: Take, call: Call, number: int, state: Any) -> LayerGraph:
         call.check()
@@ -268,10 +278,10 @@ def _found(take: Take, call: Call, number: int) -> LayerGraph:
     """A layer's recording, with what it reads in place."""
     graph = take.series.layers.get(number)
     if graph is None:
-        raise UnfitError("it was not recorded")
+        raise NotNowError("it was not recorded")
     if graph.form != call.form or not graph.standing.holds() or not graph.takes(call.hidden):
         take.series.is_stale = True
-        raise UnfitError("it has changed since")
+        raise NotNowError("it has changed since")
     take.start()
     for place, tensor in zip(graph.inputs, call.tensors, strict=True):
         place.load(tensor, take)

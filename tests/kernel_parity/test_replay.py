@@ -16,7 +16,7 @@ def launched(monkeypatch):
 
     def run(*args, **kwargs):
         with monkeypatch.context() as without:
-            without.setattr(Graphs, "take", lambda self, batch: None)
+            without.setattr(Graphs, "take", lambda self, batch, form: None)
             return train(*args, device="cuda", **kwargs)
 
     return run
