@@ -28,14 +28,14 @@ def has_waited(run: Callable[[], object]) -> bool:
     A recording that fails leaves PyTorch's random numbers and its allocator in a state that nothing else can use.
     """
     before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as told, torch.no_grad():
-            warnings.simplefilter("always")
+    with warnings.catch_warnings(record=True) as told, torch.no_grad():
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")  # which warns of itself, too
+        try:
             run()
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
-        torch.clear_autocast_cache()  # PyTorch of 2025 uses what was narrowed here without gradients again
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+            torch.clear_autocast_cache()  # PyTorch of 2025 uses what was narrowed here without gradients again
     return any("synchronizing CUDA operation" in str(warning.message) for warning in told)
 
 
