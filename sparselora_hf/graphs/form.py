@@ -107,7 +107,9 @@ def _form(value: object, tensors: list[torch.Tensor]) -> Hashable:
         return tuple(_form(part, tensors) for part in value)
     if isinstance(value, _CONSTANTS) or value is _BATCH:
         return value
-    raise UnfitError(f"it is given a {type(value).__name__}")
+    kind = type(value).__name__
+    remedy = " (model.config.use_cache = False spares it)" if kind.endswith("Cache") else ""
+    raise UnfitError(f"it is given a {kind}{remedy}")
 
 
 def _rebuilt(value: object, places: Iterator[torch.Tensor], batch: Any) -> object:

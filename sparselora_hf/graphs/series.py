@@ -113,7 +113,7 @@ class Graphs:
         self._series: dict[Hashable, Series] = {}  # the one that was met last is the last, here and below
         self._met: dict[Hashable, bool] = {}
         self._batches = self._replayed = 0
-        self._trial: list[bool] = []  # of the first batches, whether they were replayed
+        self._trial: list[bool] = []  # of the first that could be recorded, whether they were replayed
         self._recording: Series | None = None
         self._under_way: weakref.ref | None = None
         self._addresses: set[int] = set()  # of what recordings give, while a series is recorded
@@ -155,8 +155,6 @@ class Graphs:
         self._settle()
         self._batches += 1
         batch.may_replay = batch.gather is None
-        if batch.may_replay and len(self._trial) <= _TRIAL:
-            self._trial.append(False)
 
     def take(self, batch: Any, form: Hashable) -> Take | None:
         """What a batch records or replays; None where it runs as ever.
@@ -178,7 +176,7 @@ class Graphs:
             self._addresses.clear()
         else:
             self._replayed += 1
-            self._trial[-1] |= len(self._trial) <= _TRIAL
+        self._try(not records)
         take = Take(series, batch.plan, records)
         self._under_way = weakref.ref(take)
         return take
@@ -190,6 +188,7 @@ class Graphs:
             is_met = self._met.pop(form, False)
             _put(self._met, form, True, _MET)
             if not is_met:
+                self._try(False)
                 return None
             series = Series()
         is_made = series.layers and not series.is_stale
@@ -200,6 +199,10 @@ class Graphs:
             series.forget()
         _put(self._series, form, series, _FORMS)
         return series if is_made or series.tries < _TRIES else None
+
+    def _try(self, is_replayed: bool) -> None:
+        if len(self._trial) <= _TRIAL:
+            self._trial.append(is_replayed)
 
     def _settle(self) -> None:
         series, self._recording = self._recording, None
