@@ -5,6 +5,7 @@ import torch
 from looping import GRAPHS, SETTINGS, batches, loop, train
 from torch import nn
 
+from sparselora_hf.graphs.recording import Recording
 from sparselora_hf.graphs.series import Graphs
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
@@ -22,6 +23,14 @@ def launched(monkeypatch):
     return run
 
 
+@pytest.fixture
+def replays(monkeypatch):
+    """One item for each replay: what is not recorded would be equal, too."""
+    done, replay = [], Recording.replay
+    monkeypatch.setattr(Recording, "replay", lambda self: done.append(1) or replay(self))
+    return done
+
+
 def assert_equal(one, other):
     assert one[0] == other[0]
     assert all(torch.equal(*pair) for pair in zip(one[1], other[1], strict=True))
@@ -29,15 +38,19 @@ def assert_equal(one, other):
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
-def test_replayed_steps_train_as_launched_ones(launched, settings, autocast):
+def test_replayed_steps_train_as_launched_ones(launched, replays, settings, autocast):
     steps, config = batches(12, forms=2), GRAPHS.replace(**settings)
-    assert_equal(launched(config, steps, autocast=autocast), train(config, steps, device="cuda", autocast=autocast))
+    want = launched(config, steps, autocast=autocast)
+    assert not replays
+    assert_equal(want, train(config, steps, device="cuda", autocast=autocast))
+    assert len(replays) >= 6 * 5  # three layers, both ways
 
 
 @pytest.mark.parametrize("gather", [2, 3])
-def test_accumulated_gradients_are_those_of_launched_steps(launched, gather):
+def test_accumulated_gradients_are_those_of_launched_steps(launched, replays, gather):
     steps = batches(12, forms=2)
     assert_equal(launched(GRAPHS, steps, gather=gather), train(GRAPHS, steps, device="cuda", gather=gather))
+    assert replays
 
 
 def test_dropout_is_drawn_anew_at_each_replay():
@@ -48,7 +61,7 @@ def test_dropout_is_drawn_anew_at_each_replay():
     assert len(set(losses[4:])) == 4  # sparse from the third step on, replayed from the fifth
 
 
-def test_a_layer_that_waits_for_the_device_is_not_recorded(launched, caplog):
+def test_a_layer_that_waits_for_the_device_is_not_recorded(launched, replays, caplog):
     class Reading(nn.Module):
         def __init__(self, norm):
             super().__init__()
@@ -63,7 +76,8 @@ def test_a_layer_that_waits_for_the_device_is_not_recorded(launched, caplog):
 
     steps = batches(8)
     assert_equal(launched(GRAPHS, steps, change=spoil), train(GRAPHS, steps, device="cuda", change=spoil))
-    assert "it waits for the device" in caplog.text
+    assert "layer 1 and those above are not made CUDA graphs: it waits for the device" in caplog.text
+    assert replays  # of the layer below
 
 
 def test_recordings_of_many_forms_share_their_memory():
