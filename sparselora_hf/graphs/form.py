@@ -26,11 +26,13 @@ class NotNowError(UnfitError):
 
 
 def form_of_batch(batch: Any) -> Hashable:
-    """What recordings depend on in an `ActiveBatch`; the last layer, whose rows follow the labels, is not recorded."""
+    """What recordings depend on in an `ActiveBatch`.
+
+    From the numbers of context and output rows those of all others follow; the last layer, whose rows follow the
+    labels, is not recorded.
+    """
     plan = batch.plan
-    counts = tuple(-1 if part is None else len(part) for part in (plan.context, plan.output, plan.rest, plan.real))
-    facts = (plan.shape, plan.groups, plan.right_padded, plan.unmasked, plan.loss_in_padding, plan.loss_in_context)
-    return counts, facts, batch.sparse, batch.savings, batch.left_out - {"last_layer"}
+    return plan.shape, len(plan.context), len(plan.output), plan.groups, batch.sparse, batch.savings
 
 
 class Call:
