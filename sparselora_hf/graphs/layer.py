@@ -78,7 +78,7 @@ class LayerGraph:
         if self._entry is None:
             self._entry = torch.empty_like(self._shape)
         self._hidden = self._entry.detach().requires_grad_(self.wants_grad)
-        with _fresh_leaves(self._layer) as self._leaves, torch.enable_grad():
+        with _fresh_leaves(self._layer) as self._leaves:
             self._result = self._call(self._hidden)
         torch.clear_autocast_cache()  # of what was narrowed for this recording alone
         if not isinstance(self._result, torch.Tensor) or self._result.shape != self._entry.shape:
@@ -206,5 +206,5 @@ def replayed(graphs: Any, graph: LayerGraph, take: Any, hidden: torch.Tensor) ->
         hidden: hidden states.
     """
     if not graph.learns:
-        return graph.replay(hidden.detach())
+        return graph.replay(hidden)
     return _Replay.apply(graphs, graph, take, hidden, *graph.parameters)

@@ -49,7 +49,6 @@ class Series:
         for layer in self.layers.values():
             layer.release()
         self.batch.selections.clear()
-        self.inputs.clear()
 
     def forget(self) -> None:
         """Nothing is recorded of it."""
@@ -77,7 +76,7 @@ class Take:
         self.records = records
         self.pending = 0
         self.called: set[int] = set()
-        self._has_started = records  # recordings are made on rows that are the batch's already
+        self._has_started = False
 
     def __reduce__(self):
         return _none, ()  # of a copy
