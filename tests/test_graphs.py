@@ -9,6 +9,7 @@ import torch
 from helpers import make_batch
 from looping import GRAPHS, SETTINGS, batches, loop, train
 from tape import Here, Taped
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from sparselora_hf import state as state_module
 from sparselora_hf.graphs import form as form_module
@@ -86,18 +87,40 @@ def assert_close(one, other):
         assert (got is None and want is None) or torch.allclose(got, want, rtol=1e-5, atol=1e-8)
 
 
-def test_padding_that_rounding_fills_up_is_told_from_none(doubles, launched):
-    """The numbers of rows are the same, but layers are given a mask in one case."""
-    whole, padded = ((10, 10, 10), (4, 4, 4)), ((10, 10, 9), (4, 4, 4))
-    plans = [TokenPlan.of_inputs(make_batch(*lengths)).rounded() for lengths in (whole, padded)]
+# prompts and answers whose plans have as many rows of each kind, and in what they differ
+ALIKE = {
+    "whether layers are given a mask": (((10, 10, 10), (4, 4, 4)), ((10, 10, 9), (4, 4, 4)), "right", {}),
+    "sequences with context": (
+        ((10, 10, 11), (4, 4, 3)),
+        ((14, 14, 0), (0, 0, 14)),
+        "right",
+        {"criterion": "svd_mean"},
+    ),
+    "exact savings": (((10, 10, 1), (4, 4, 12)), ((10, 10, 0), (4, 4, 12)), "left", {}),
+}
+
+
+@pytest.mark.parametrize(("one", "other", "side", "settings"), ALIKE.values(), ids=ALIKE)
+def test_batches_with_as_many_rows_of_each_kind_are_told_apart(doubles, launched, one, other, side, settings):
+    plans = [TokenPlan.of_inputs(make_batch(*lengths, side)).rounded() for lengths in (one, other)]
     assert len({(len(plan.context), len(plan.output), plan.real is None) for plan in plans}) == 1
-    config, steps = GRAPHS.replace(start_step=0), [make_batch(*(whole, padded)[i % 2], seed=i) for i in range(12)]
+    config = GRAPHS.replace(start_step=0, **settings)
+    steps = [make_batch(*(one, other)[i % 2], side, seed=i) for i in range(12)]
     assert_equal(launched(config, steps, autocast=True), train(config, steps, autocast=True))
     assert len(doubles) == 2 * 6
-    run = loop(config, 12, autocast=True)
-    for step in steps:
-        run.step(step)
-    assert run.figures()["sparselora/replayed"] == round(8 / 12, 4)
+    assert replays(doubles) == 10 * 6  # all but the first of each form
+
+
+def test_rows_that_lie_elsewhere_are_those_of_the_batch(doubles, launched):
+    lengths = [((10, 9, 8), (3, 3, 4)), ((8, 10, 9), (4, 3, 3))]
+    plans = [TokenPlan.of_inputs(make_batch(*of)).rounded() for of in lengths]
+    assert len({(len(plan.context), len(plan.output), plan.groups) for plan in plans}) == 1
+    assert not torch.equal(plans[0].sequence, plans[1].sequence)
+    config = GRAPHS.replace(start_step=0, criterion="svd_mean")
+    steps = [make_batch(*lengths[i % 2], seed=i) for i in range(6)]
+    assert_equal(launched(config, steps), train(config, steps))
+    assert len(doubles) == 6
+    assert replays(doubles) == 5 * 6
 
 
 @pytest.mark.parametrize("gather", [2, 3])
@@ -125,6 +148,55 @@ def test_a_forward_without_backward_is_let_go(run, doubles):
     before = replays(doubles)
     assert_close(gradients_of(run, run.forward(batch)), want)
     assert replays(doubles) == before + 6
+
+
+@pytest.mark.parametrize("layers", [None, [2, 3]])
+def test_a_loss_that_is_kept_after_its_backward_holds_up_nothing(doubles, layers):
+    run = loop(GRAPHS.replace(start_step=0), 100, lora={"layers_to_transform": layers})
+    kept = []
+    for batch in batches(5):
+        kept.append(run.forward(batch))
+        kept[-1].backward()
+    assert run.figures()["sparselora/replayed"] == 3 / 5
+
+
+def test_a_batch_without_backward_leaves_no_half_recording(doubles, launched, monkeypatch):
+    def losses():
+        run, batch = loop(GRAPHS.replace(start_step=0), 100), batches(1)[0]
+        run.step(batch)
+        run.forward(batch)  # it is recorded
+        return [run.step(batch) for batch in batches(5)]
+
+    got = losses()
+    assert len(doubles) == 3 + 6
+    assert replays(doubles) == 3 + 5 * 6
+    monkeypatch.setattr(series_module.Graphs, "take", lambda self, batch, form: None)
+    assert got == losses()
+
+
+def test_a_layer_that_is_called_twice_for_a_batch_keeps_what_its_first_call_saved(run, doubles):
+    batch, calls = batches(1)[0], []
+    want = gradients_of(run, run.forward(batch))
+    layer = _layer(run)
+    layer.register_forward_pre_hook(lambda module, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
+    loss = run.forward(batch)
+    before = replays(doubles)
+    args, kwargs = calls[0]
+    layer(torch.zeros_like(args[0]), **kwargs)
+    assert replays(doubles) == before
+    assert_close(gradients_of(run, loss), want)
+
+
+def test_a_layer_that_is_given_more_by_place_is_launched(run, doubles, caplog):
+    batch = batches(1)[0]
+    want = run.forward(batch).item()
+    before = replays(doubles)
+    _layer(run).register_forward_pre_hook(
+        lambda module, args, kwargs: ((args[0], kwargs.pop("attention_mask")), kwargs), with_kwargs=True
+    )
+    assert run.forward(batch).item() == want
+    assert replays(doubles) == before + 2
+    assert "layer 2 and those above are not made CUDA graphs: it is given more" in caplog.text
 
 
 def test_a_second_backward_is_refused(run):
@@ -219,6 +291,42 @@ def test_what_is_added_between_layers_leaves_the_lower_result_alone(run, launche
         assert_close(gradients_of(run, run.forward(batch)), want)
 
 
+def test_a_mask_for_one_layer_alone_is_not_passed_over(run, launched, monkeypatch):
+    batch = batches(1)[0]
+    hidden = False
+    mask = torch.zeros(3, 1, 14, 14).masked_fill_(torch.ones(14, 14).triu(1).bool(), -torch.inf)
+    mask[..., 1:, 0] = -torch.inf
+    _layer(run).register_forward_pre_hook(
+        lambda module, args, kwargs: (args, {**kwargs, "attention_mask": mask} if hidden else kwargs), with_kwargs=True
+    )
+    for hidden in (False, True, False):  # noqa: B007
+        with monkeypatch.context() as without:
+            without.setattr(series_module.Graphs, "take", lambda self, batch, form: None)
+            want = gradients_of(run, run.forward(batch))
+        assert_close(gradients_of(run, run.forward(batch)), want)
+
+
+def test_a_form_is_not_recorded_over_and_over(run, doubles, monkeypatch, caplog):
+    monkeypatch.setattr(series_module, "_TRIES", 2)
+    made = len(doubles)
+    for batch in batches(8):
+        _scale(run)
+        run.step(batch)
+    assert len(doubles) == made + 6
+    assert "are not made CUDA graphs" not in caplog.text
+
+
+def test_parameters_that_a_layer_does_not_use_have_no_gradient(doubles):
+    def add(model):
+        model.get_base_model().model.layers[1].spare = torch.nn.Parameter(torch.ones(3))
+
+    run = loop(GRAPHS.replace(start_step=0), 100, change=add)
+    for batch in batches(4):
+        run.step(batch)
+    assert replays(doubles)
+    assert run.model.get_base_model().model.layers[1].spare.grad is None
+
+
 def test_after_a_change_layers_are_recorded_anew(run, doubles):
     _scale(run)
     made = len(doubles)
@@ -243,6 +351,75 @@ def test_checkpointed_layers_and_caches_are_launched(doubles, caplog, monkeypatc
     assert "it is checkpointed" in caplog.text
     assert "it is given a DynamicCache (model.config.use_cache = False spares it)" in caplog.text
     assert "had a shape that had come before" not in caplog.text
+
+
+class OtherParameter(torch.nn.Parameter):
+    """As quantised and spread weights are."""
+
+
+def _give_other_type(layer):
+    base = layer.mlp.up_proj.base_layer
+    base.weight = OtherParameter(base.weight.data, requires_grad=False)
+
+
+def _turn(layer):
+    weight = layer.mlp.up_proj.base_layer.weight
+    weight.data = weight.data.t().contiguous().t()
+
+
+def _add_integers(layer):
+    layer.mlp.register_parameter("scales", torch.nn.Parameter(torch.ones(2, dtype=torch.int8), requires_grad=False))
+
+
+ODD = [
+    (lambda layer: layer.register_forward_hook(lambda *args: None), "others are given what it gives"),
+    (lambda layer: setattr(layer, "_get_fsdp_state", None), "take its parameters apart"),
+    (lambda layer: layer.mlp.register_forward_hook(lambda *args: None), "mlp has hooks"),
+    (lambda layer: layer.mlp.register_forward_pre_hook(lambda *args: None), "mlp has hooks"),
+    (lambda layer: layer.mlp.register_full_backward_hook(lambda *args: None), "mlp has hooks"),
+    (lambda layer: layer.mlp.register_full_backward_pre_hook(lambda *args: None), "mlp has hooks"),
+    (lambda layer: setattr(layer.mlp, "lora_A", torch.nn.ParameterDict()), "no plain LoRA"),
+    (_give_other_type, "is quantised"),
+    (_turn, "is quantised"),
+    (_add_integers, "is quantised"),
+]
+
+
+@pytest.mark.parametrize(("change", "reason"), ODD)
+def test_layers_that_are_out_of_the_ordinary_are_launched(doubles, caplog, change, reason):
+    run = loop(GRAPHS.replace(start_step=0), 10)
+    change(run.model.get_base_model().model.layers[0])
+    for batch in batches(3):
+        run.step(batch)
+    assert not doubles
+    assert reason in caplog.text
+
+
+def test_adapters_of_another_kind_are_launched(doubles, caplog):
+    run = loop(GRAPHS.replace(start_step=0), 10, lora={"use_dora": True})
+    for batch in batches(3):
+        run.step(batch)
+    assert not doubles
+    assert "no plain LoRA" in caplog.text
+
+
+WATCHED = [
+    (lambda: torch.autograd.set_detect_anomaly(True), "what is saved"),
+    (torch.autograd.graph.save_on_cpu, "what is saved"),
+    (lambda: register_module_forward_hook(lambda *args: None), "hooks on all modules"),
+    (lambda: register_module_forward_pre_hook(lambda *args: None), "hooks on all modules"),
+]
+
+
+@pytest.mark.parametrize(("watch", "reason"), WATCHED)
+def test_what_others_watch_is_launched(run, doubles, caplog, watch, reason):
+    before = replays(doubles)
+    with watch():
+        run.step(batches(1)[0])
+    assert replays(doubles) == before
+    assert reason in caplog.text
+    run.step(batches(1)[0])
+    assert replays(doubles) == before + 6
 
 
 def test_a_dropout_that_is_switched_off_is_not_replayed(doubles, monkeypatch):
@@ -318,6 +495,9 @@ def test_a_new_run_and_a_restored_model_know_no_recordings(run, doubles):
     assert graphs._series
     run.handle.begin_run(10)
     assert not graphs._series
+    made = len(doubles)
+    run.step(batches(1)[0])
+    assert len(doubles) == made  # the first batch of a form runs as ever
     run.handle.restore()
     before = replays(doubles)
     run.model(**batches(1)[0]).loss.backward()
@@ -388,6 +568,7 @@ def test_a_cpu_records_nothing(caplog):
     for batch in batches(5):
         assert run.step(batch) == want.step(batch)
     assert not run.handle.state.graphs._series
+    assert run.figures()["sparselora/replayed"] == 0
     assert caplog.text.count("cuda_graphs is of no effect: it takes an NVIDIA GPU") == 1
 
 
@@ -461,6 +642,8 @@ def test_a_rounded_plan_leaves_no_row_out(shape, side):
     kept = set(range(total)) if rounded.real is None else set(rounded.real.tolist())
     assert kept == context | output
     assert (rounded.groups, len(rounded.sequence)) == (len(rounded.sequence.unique()), len(context))
+    for part in (rounded.context, rounded.output, rounded.rest, *([] if rounded.real is None else [rounded.real])):
+        assert (part.diff() > 0).all()
     assert torch.equal(rounded.loss, plan.loss)
     assert rounded.rounded() is rounded
 
