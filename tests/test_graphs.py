@@ -348,7 +348,7 @@ def test_checkpointed_layers_and_caches_are_launched(doubles, caplog, monkeypatc
     for _ in range(4):
         run.step(batches(1)[0])
     assert not doubles
-    assert "it is checkpointed" in caplog.text
+    assert "it is checkpointed, which gradient_checkpointing=False ends" in caplog.text
     assert "it is given a DynamicCache (model.config.use_cache = False spares it)" in caplog.text
     assert "had a shape that had come before" not in caplog.text
 

@@ -88,8 +88,10 @@ class Call:
 
 
 def _form_of_modes(layer: nn.Module) -> Hashable:
-    if not layer.training or not torch.is_grad_enabled() or getattr(layer, "gradient_checkpointing", False):
-        raise UnfitError("it is checkpointed, or not in training")
+    if getattr(layer, "gradient_checkpointing", False):
+        raise UnfitError("it is checkpointed, which gradient_checkpointing=False ends where memory allows it")
+    if not layer.training or not torch.is_grad_enabled():
+        raise UnfitError("it is not in training")
     if hooks_of_all._global_forward_hooks or hooks_of_all._global_forward_pre_hooks:
         raise UnfitError("there are hooks on all modules")
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
