@@ -46,7 +46,7 @@ class Taped:
     def __init__(self, run, place):
         place.recordings.append(self)
         self._tape = _Tape()
-        with self._tape:
+        with self._tape, torch.random.fork_rng(()):  # while a GPU records it draws no numbers
             self.outputs = [None if tensor is None else tensor.data for tensor in run()]
         self.replays = 0
 

@@ -19,17 +19,12 @@ from sparselora_hf.graphs import series as series_module
 from sparselora_hf.plan import TokenPlan
 
 
-def rehearse(run):
-    with torch.no_grad():
-        run()
-    return False
-
-
 @pytest.fixture
 def doubles(monkeypatch):
     """Layers are recorded on a CPU."""
     monkeypatch.setattr(layer_module, "Recording", Taped)
-    monkeypatch.setattr(form_module, "has_waited", rehearse)
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: "default")
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: None)
     monkeypatch.setattr(series_module, "Place", Here)
     monkeypatch.setattr(state_module, "can_record", lambda device: True)
     monkeypatch.setattr(Here, "recordings", [])
@@ -121,6 +116,13 @@ def test_rows_that_lie_elsewhere_are_those_of_the_batch(doubles, launched):
     assert_equal(launched(config, steps), train(config, steps))
     assert len(doubles) == 6
     assert replays(doubles) == 5 * 6
+
+
+def test_dropout_is_drawn_as_in_launched_steps(doubles, launched):
+    """A run that is resumed meets and records its batches later."""
+    options = {"lora": {"dropout": 0.5}}
+    assert_equal(launched(GRAPHS, batches(12), **options), train(GRAPHS, batches(12), **options))
+    assert replays(doubles)
 
 
 @pytest.mark.parametrize("gather", [2, 3])
@@ -573,8 +575,8 @@ def test_a_cpu_records_nothing(caplog):
 
 
 def test_a_layer_that_waits_for_the_device_is_launched_and_those_above_it(doubles, launched, caplog, monkeypatch):
-    asked = []
-    monkeypatch.setattr(form_module, "has_waited", lambda run: asked.append(rehearse(run)) or len(asked) % 2 == 0)
+    asked, look = [], form_module.has_waited
+    monkeypatch.setattr(form_module, "has_waited", lambda run: asked.append(look(run)) or len(asked) % 2 == 0)
     steps = batches(8)
     assert_equal(launched(GRAPHS, steps), train(GRAPHS, steps))
     assert "layer 1 and those above are not made CUDA graphs: it waits for the device" in caplog.text

@@ -25,10 +25,11 @@ def can_record(device: torch.device) -> bool:
 def has_waited(run: Callable[[], object]) -> bool:
     """Do something without gradients, and say whether the host had to wait for the device, which no graph can do.
 
+    Random numbers are drawn as if nothing had been done: a run that is resumed does it later than one that goes on.
     A recording that fails leaves PyTorch's random numbers and its allocator in a state that nothing else can use.
     """
-    before = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings(record=True) as told, torch.no_grad():
+    before, as_before = torch.cuda.get_sync_debug_mode(), torch.random.fork_rng(range(torch.cuda.device_count()))
+    with warnings.catch_warnings(record=True) as told, torch.no_grad(), as_before:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")  # which warns of itself, too
         try:

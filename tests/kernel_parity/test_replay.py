@@ -53,6 +53,12 @@ def test_accumulated_gradients_are_those_of_launched_steps(launched, replays, ga
     assert replays
 
 
+def test_dropout_is_drawn_as_in_launched_steps(launched, replays):
+    options = {"lora": {"dropout": 0.5}}
+    assert_equal(launched(GRAPHS, batches(12), **options), train(GRAPHS, batches(12), device="cuda", **options))
+    assert replays
+
+
 def test_dropout_is_drawn_anew_at_each_replay():
     run = loop(GRAPHS, 8, device="cuda", lora={"dropout": 0.5})
     batch = batches(1)[0]
