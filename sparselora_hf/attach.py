@@ -363,7 +363,7 @@ def _record(handle: SparseLoraHandle, layers: list[Layer]) -> None:
     obstacle = 'criterion "random" draws on the host' if handle.config.criterion == "random" else ""
     fit = [] if obstacle else [layer for layer in layers[:-1] if layer.attends and not layer.experts]
     if not fit:
-        reason = obstacle or "no layer but experts and mixers"
+        reason = obstacle or "there is no layer but the last, and those with experts or without attention"
         logger.warning(f"SparseLoRA: cuda_graphs is of no effect: {reason}.")
         return
     handle.state.graphs = Graphs()

@@ -6,11 +6,12 @@ import warnings
 
 import pytest
 import torch
-from helpers import make_batch
+from helpers import lora_model, make_batch
 from looping import GRAPHS, SETTINGS, batches, loop, train
 from tape import Here, Taped
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
+from sparselora_hf import sparsify
 from sparselora_hf import state as state_module
 from sparselora_hf.graphs import form as form_module
 from sparselora_hf.graphs import layer as layer_module
@@ -561,7 +562,10 @@ def test_forms_beyond_the_most_are_forgotten(doubles, monkeypatch):
 def test_random_sets_and_models_without_plain_layers_do_without(caplog):
     run = loop(GRAPHS.replace(criterion="random"), 10)
     assert run.handle.state.graphs is None
-    assert "cuda_graphs is of no effect" in caplog.text
+    assert 'cuda_graphs is of no effect: criterion "random" draws on the host' in caplog.text
+    single = sparsify(lora_model(layers=1), GRAPHS.replace(attention_sparsity=0.0))
+    assert single.state.graphs is None
+    assert "cuda_graphs is of no effect: there is no layer but the last" in caplog.text
 
 
 def test_a_cpu_records_nothing(caplog):
