@@ -41,8 +41,8 @@ class Series:
 
     @property
     def is_whole(self) -> bool:
-        """Whether layers were recorded, each in both directions as far as it has them."""
-        return bool(self.layers) and all(layer.is_whole for layer in self.layers.values())
+        """Whether each layer was recorded in both directions, as far as it has them."""
+        return all(layer.is_whole for layer in self.layers.values())
 
     def release(self) -> None:
         """The recording is at its end: let go of all that lies in its memory."""
