@@ -179,14 +179,17 @@ def test_a_batch_without_backward_leaves_no_half_recording(doubles, launched, mo
 
 def test_a_layer_that_is_called_twice_for_a_batch_keeps_what_its_first_call_saved(run, doubles):
     batch, calls = batches(1)[0], []
-    want = gradients_of(run, run.forward(batch))
-    layer = _layer(run)
+    layer = run.model.get_base_model().model.layers[0]
     layer.register_forward_pre_hook(lambda module, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
-    loss = run.forward(batch)
+    for _ in range(2):  # it is recorded anew, with the hook
+        run.step(batch, learn=False)
+    run.optimizer.zero_grad()
+    want = gradients_of(run, run.forward(batch))
     before = replays(doubles)
-    args, kwargs = calls[0]
+    loss = run.forward(batch)
+    args, kwargs = calls[-1]
     layer(torch.zeros_like(args[0]), **kwargs)
-    assert replays(doubles) == before
+    assert replays(doubles) == before + 3
     assert_close(gradients_of(run, loss), want)
 
 
@@ -425,6 +428,34 @@ def test_what_others_watch_is_launched(run, doubles, caplog, watch, reason):
     assert replays(doubles) == before + 6
 
 
+def test_evaluation_with_gradients_is_launched_and_leaves_recordings_as_they_are(run, doubles):
+    batch = batches(1)[0]
+    before = replays(doubles)
+    run.model.eval()
+    for _ in range(4):
+        run.model(**batch).loss.backward()
+    assert replays(doubles) == before
+    run.model.train()
+    run.step(batch)
+    assert replays(doubles) == before + 6
+
+
+@pytest.mark.parametrize(
+    ("put", "now", "before"),
+    [(torch.set_autocast_enabled, True, False), (torch.set_autocast_dtype, torch.bfloat16, torch.float16)],
+)
+def test_another_autocast_is_another_form(run, doubles, put, now, before):
+    done = replays(doubles)
+    put("cuda", now)
+    try:
+        run.step(batches(1)[0])
+    finally:
+        put("cuda", before)
+    assert replays(doubles) == done
+    run.step(batches(1)[0])
+    assert replays(doubles) == done + 6
+
+
 def test_a_dropout_that_is_switched_off_is_not_replayed(doubles, monkeypatch):
     run = loop(GRAPHS.replace(start_step=0), 10, lora={"dropout": 0.5})
     batch = batches(1)[0]
@@ -599,6 +630,7 @@ def test_what_makes_the_host_wait_is_noticed(monkeypatch, waits):
         assert not torch.is_grad_enabled()
         warnings.warn("called a synchronizing CUDA operation" if waits else "something else", stacklevel=1)
 
+    warnings.simplefilter("ignore")  # whatever a user has put
     assert recording_module.has_waited(run) == waits
     assert modes[-1] == "default"
 
