@@ -78,10 +78,8 @@ def test_every_line_of_the_gpu_run_is_understood(bench, gpu_sh, smoke):
     assert [args.csv.name for args in told_nothing] == ["step-default-cuda.csv"]
     once = [names for key, names in subjects.items() if key[0] == "step-cuda.csv"]
     launched_and_replayed = ["sft", "sparse", "sparse_graphs"]
-    assert once[0] == [
-        ["sft", "exact", "sparse", "sparse_graphs"],
-        launched_and_replayed,
-    ]  # whole rows and padded ones
+    whole_rows, padded_rows = once[0]
+    assert (whole_rows, padded_rows) == (["sft", "exact", "sparse", "sparse_graphs"], launched_and_replayed)
     assert sorted(once[1:]) == [[["sft", "exact", "exact_graphs"]]] + [[launched_and_replayed]] * 4
     beside_liger = {key[2:]: names for key, names in subjects.items() if key[0] == "step-liger-cuda.csv"}
     protocols = ((512, 128, 8), (512, 3, 8), (1024, 512, 6), (2048, 512, 2))
