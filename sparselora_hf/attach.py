@@ -33,7 +33,7 @@ from .modules.classes import Patched, patch
 from .modules.detach import DetachHook
 from .modules.forward import ForwardHook
 from .modules.gate import lean_mlps
-from .modules.graph import graphed_layers
+from .modules.graph import GraphedCheckpoints, graphed_layers
 from .modules.layout import TrainingLayout
 from .modules.linear import SparseLinear
 from .modules.mask import MaskHook
@@ -368,6 +368,7 @@ def _record(handle: SparseLoraHandle, layers: list[Layer]) -> None:
         return
     handle.state.graphs = Graphs()
     handle._hooks.append(graphed_layers(handle.state, [(layer.number, layer.module) for layer in fit]))
+    handle._hooks += GraphedCheckpoints(handle.state, handle.family).register(language_decoder(handle.model))
 
 
 def _trained_below(model: nn.Module, layers: nn.Module, norm: nn.Module) -> str:

@@ -98,8 +98,8 @@ class SparseLoraConfig:
         dense_if_slower: run a layer dense when its shapes promise no gain from sparsity.
         kernels: ``auto``, ``torch`` or ``triton``.
         cuda_graphs: record what the decoder layers do with a batch and replay it for batches of the same shape, which
-            an NVIDIA GPU that waits for its host gains from (README); in one process, and without checkpointing.
-            So that shapes repeat, a few of a batch's context tokens are dense.
+            an NVIDIA GPU that waits for its host gains from (README); in one process, and not with reentrant
+            checkpointing. So that shapes repeat, a few of a batch's context tokens are dense.
         seed: seed of the randomised SVD, the ``random`` criterion and the statistics' reservoir.
         cache_dir: folder of the SVD cache; None is ``$SPARSELORA_CACHE`` or the user's cache folder.
 

@@ -6,6 +6,7 @@ from helpers import ATTENTION, MLP, SPARSE, lora_model, make_batch
 from sparselora_hf import sparsify
 
 GRAPHS = SPARSE.replace(mlp_sparsity=0.9, attention_sparsity={"1-3": 0.75}, cuda_graphs=True)
+CHECKPOINTED = {"use_reentrant": False}
 SETTINGS = {
     "the paper's": {},
     "exact savings alone": {"mlp_sparsity": 0.0, "attention_sparsity": 0.0},
@@ -26,10 +27,14 @@ def batches(n: int, forms: int = 1) -> list:
 class loop:  # noqa: N801
     """A sparse model of four layers and its steps."""
 
-    def __init__(self, config, steps, *, device="cpu", autocast=False, change=None, gather=1, **options):
+    def __init__(
+        self, config, steps, *, device="cpu", autocast=False, change=None, gather=1, checkpointing=None, **options
+    ):
         self.device, self.autocast, self.gather = device, autocast, gather
         self.model = lora_model(targets=ATTENTION + MLP, layers=4, **options).to(device)
         self.model.config.use_cache = False
+        if checkpointing is not None:
+            self.model.gradient_checkpointing_enable(checkpointing)
         if change is not None:
             change(self.model)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 from helpers import lora_model, make_batch
-from looping import GRAPHS, SETTINGS, batches, loop, train
+from looping import CHECKPOINTED, GRAPHS, SETTINGS, batches, loop, train
 from tape import Here, Taped
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
@@ -40,6 +40,22 @@ def test_replayed_steps_train_as_launched_ones(doubles, launched, settings, form
     assert not doubles
     assert_equal(want, train(config, steps, autocast=autocast))
     assert sum(recording.replays for recording in doubles) >= 6 * 5  # three layers, both ways
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("gather", [1, 2])
+def test_checkpointed_layers_are_replayed_with_what_they_recompute(doubles, launched, settings, gather):
+    config = without_recomputation(GRAPHS.replace(**settings))
+    options = {"autocast": True, "gather": gather, "checkpointing": CHECKPOINTED, "lora": {"dropout": 0.5}}
+    want = launched(config, batches(12, forms=2), **options)
+    assert not doubles
+    assert_equal(want, train(config, batches(12, forms=2), **options))
+    assert replays(doubles) >= 6 * 5
+
+
+def without_recomputation(config):
+    """On a CPU the saving checkpoints in a way of its own."""
+    return config.replace(exact=tuple(set(config.exact) - {"recomputation"}))
 
 
 @pytest.fixture
@@ -342,19 +358,63 @@ def test_after_a_change_layers_are_recorded_anew(run, doubles):
     assert run.figures()["sparselora/replayed"] > 0
 
 
-def test_checkpointed_layers_and_caches_are_launched(doubles, caplog, monkeypatch):
-    monkeypatch.setattr(series_module, "_TRIAL", 2)
-    run = loop(GRAPHS, 10)
-    run.model.gradient_checkpointing_enable({"use_reentrant": False})
+def test_hooks_of_checkpointed_layers_are_called_once(doubles):
+    run = loop(without_recomputation(GRAPHS), 10, checkpointing=CHECKPOINTED)
+    seen, layer = [], run.model.get_base_model().model.layers[1]
+    layer.register_forward_pre_hook(lambda module, args: seen.append(1))
+    for _ in range(5):
+        run.step(batches(1)[0])
+    assert len(seen) == 5
+    assert replays(doubles) == 3 * 2 * 3  # three layers, both ways; of the five steps two meet their forms
+
+
+def test_what_checkpoints_a_layer_is_given_back_whatever_happens(doubles):
+    run = loop(without_recomputation(GRAPHS), 10, checkpointing=CHECKPOINTED)
+    layers = run.model.get_base_model().model.layers
+    before = [layer._gradient_checkpointing_func for layer in layers]
+    for _ in range(4):
+        run.step(batches(1)[0])
+    stop = layers[2].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="stop here"):
+        run.step(batches(1)[0])
+    stop.remove()
+    assert [layer._gradient_checkpointing_func for layer in layers] == before
+    assert not [layer for layer in layers if "_sparselora_checkpoint" in vars(layer)]
+    done = replays(doubles)
+    run.step(batches(1)[0])
+    assert replays(doubles) > done
+    run.handle.restore()
+    assert [layer._gradient_checkpointing_func for layer in layers] == before
+
+
+def fail(module, args):
+    raise RuntimeError("stop here")
+
+
+@pytest.mark.parametrize(
+    "way",
+    [{"use_reentrant": True}, {"use_reentrant": False, "preserve_rng_state": False}, lambda run, *args: run(*args)],
+    ids=["reentrant", "other dropout", "a function of one's own"],
+)
+def test_other_ways_of_checkpointing_are_launched(doubles, caplog, way):
+    run = loop(without_recomputation(GRAPHS), 10, checkpointing=way if isinstance(way, dict) else CHECKPOINTED)
+    run.model.enable_input_require_grads()
+    if callable(way):
+        for layer in run.model.get_base_model().model.layers:
+            layer._gradient_checkpointing_func = way
     for _ in range(4):
         run.step(batches(1)[0])
     assert not doubles
+    assert "it is checkpointed, and not by gradient_checkpointing_kwargs={'use_reentrant': False}" in caplog.text
+
+
+def test_caches_are_launched(doubles, caplog, monkeypatch):
+    monkeypatch.setattr(series_module, "_TRIAL", 2)
     run = loop(GRAPHS, 10)
     run.model.config.use_cache = True
     for _ in range(4):
         run.step(batches(1)[0])
     assert not doubles
-    assert "it is checkpointed, which gradient_checkpointing=False ends" in caplog.text
     assert "it is given a DynamicCache (model.config.use_cache = False spares it)" in caplog.text
     assert "had a shape that had come before" not in caplog.text
 

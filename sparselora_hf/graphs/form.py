@@ -44,10 +44,12 @@ class Call:
         args: what it is given by place.
         kwargs: what it is given by name.
         batch: the batch in hand.
+        is_checkpointed: whether its backward runs its forward again.
 
     Attributes:
         hidden: hidden states.
         tensors: the other tensors among the arguments, whose values may differ from batch to batch.
+        is_checkpointed: as above.
         form: what a recording depends on besides.
 
     Raises:
@@ -61,8 +63,9 @@ class Call:
         args: tuple,
         kwargs: dict[str, Any],
         batch: Any,
+        is_checkpointed: bool,
     ) -> None:
-        self.layer = layer
+        self.layer, self.is_checkpointed = layer, is_checkpointed
         self._forward, self._args, self._kwargs = forward, args, kwargs
         self._others = {name: _BATCH if value is batch else value for name, value in kwargs.items()}
         self.hidden = args[0] if args else self._others.pop("hidden_states", None)
@@ -72,7 +75,8 @@ class Call:
             raise UnfitError("its hidden states are on another device, or a view")
         self.tensors: list[torch.Tensor] = []
         of_hidden = self.hidden.shape, self.hidden.dtype, self.hidden.requires_grad
-        self.form = of_hidden, _form(tuple(self._others.items()), self.tensors), _form_of_modes(layer)
+        of_others = _form(tuple(self._others.items()), self.tensors)
+        self.form = of_hidden, of_others, _form_of_modes(layer, is_checkpointed)
 
     def check(self) -> None:
         """Look closer before it is recorded: at the layer, and whether the host has to wait in it."""
@@ -87,9 +91,9 @@ class Call:
         return self._forward(hidden, **others)
 
 
-def _form_of_modes(layer: nn.Module) -> Hashable:
-    if getattr(layer, "gradient_checkpointing", False):
-        raise UnfitError("it is checkpointed, which gradient_checkpointing=False ends where memory allows it")
+def _form_of_modes(layer: nn.Module, is_checkpointed: bool) -> Hashable:
+    if getattr(layer, "gradient_checkpointing", False) and not is_checkpointed:
+        raise UnfitError("it is checkpointed, and not by gradient_checkpointing_kwargs={'use_reentrant': False}")
     if not layer.training or not torch.is_grad_enabled():
         raise UnfitError("it is not in training")
     if hooks_of_all._global_forward_hooks or hooks_of_all._global_forward_pre_hooks:
@@ -97,7 +101,7 @@ def _form_of_modes(layer: nn.Module) -> Hashable:
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     if torch.is_anomaly_enabled() or (top is not None and top(True) is not None):
         raise UnfitError("others see what is saved for backward")
-    return torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    return torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"), is_checkpointed
 
 
 def _form(value: object, tensors: list[torch.Tensor]) -> Hashable:

@@ -1,4 +1,8 @@
-"""One decoder layer's forward and backward, recorded for batches of one form."""
+"""One decoder layer's forward and backward, recorded for batches of one form.
+
+Where the layer is checkpointed, the recording of its backward begins with its forward again, and nothing of the first
+one is kept but its input and its result.
+"""
 
 import weakref
 from collections.abc import Callable, Hashable, Iterator
@@ -10,7 +14,7 @@ from torch import nn
 
 from ..ops.once import once_differentiable
 from .form import NotNowError, Standing, UnfitError
-from .recording import Place, Recording
+from .recording import Place, Recording, drawing_from, random_state
 
 __all__ = ["Input", "LayerGraph", "replayed"]
 
@@ -41,15 +45,26 @@ class LayerGraph:
         inputs: its tensor arguments but the hidden states.
         call: hidden states to the layer's result, on what recordings read.
         place: of the recordings.
+        is_checkpointed: whether backward runs the forward again.
     """
 
-    def __init__(self, layer: nn.Module, form: Hashable, inputs: list[Input], call: Callable, place: Place) -> None:
-        self.form, self.inputs = form, inputs
+    def __init__(
+        self,
+        layer: nn.Module,
+        form: Hashable,
+        inputs: list[Input],
+        call: Callable,
+        place: Place,
+        is_checkpointed: bool,
+    ) -> None:
+        self.form, self.inputs, self.is_checkpointed = form, inputs, is_checkpointed
         self.standing = Standing(layer)
         self.parameters = [parameter for parameter in layer.parameters() if parameter.requires_grad]
         self.learns = self.wants_grad = False
         self._call, self._place, self._layer = call, place, layer
         self._leaves: list[nn.Parameter] = []
+        self._autocast: dict[str, Any] = {}
+        self._drawn: torch.Tensor | None = None
         self._shape = self._entry = self._hidden = self._result = self._grad = None
         self._groups: list[list[int]] | None = None
         self._forward: Recording | None = None
@@ -69,28 +84,44 @@ class LayerGraph:
         """
         self.wants_grad, self._shape = hidden.requires_grad, hidden.detach()
         self._entry, self._is_chained = self._shape if is_static else None, is_static
+        self._autocast = _autocast_of(hidden.device.type)
         self._forward = Recording(self._run_forward, self._place)
-        self.learns = self._result.requires_grad
         self.entry, self.result = self._forward.outputs
         self._shape = None
 
     def _run_forward(self) -> list[torch.Tensor]:
         if self._entry is None:
             self._entry = torch.empty_like(self._shape)
+        self._run_layer()
+        if not isinstance(self._result, torch.Tensor) or self._result.shape != self._entry.shape:
+            raise UnfitError("a layer gives something else than hidden states")
+        self.learns = self._result.requires_grad
+        result = self._result.detach().contiguous()
+        if self.is_checkpointed:
+            self._drop()
+        return [self._entry, result]
+
+    def _run_layer(self) -> None:
         self._hidden = self._entry.detach().requires_grad_(self.wants_grad)
         with _fresh_leaves(self._layer) as self._leaves:
             self._result = self._call(self._hidden)
         torch.clear_autocast_cache()  # of what was narrowed for this recording alone
-        if not isinstance(self._result, torch.Tensor) or self._result.shape != self._entry.shape:
-            raise UnfitError("a layer gives something else than hidden states")
-        return [self._entry, self._result.detach().contiguous()]
+
+    def _drop(self) -> None:
+        """Forget what backward needs: recordings to come may have its memory."""
+        self._hidden = self._result = None
+        self._leaves = []
 
     def _run_backward(self) -> list[torch.Tensor | None]:
         """Where the gradient is read; the gradients of the hidden states and, in one tensor a type, of parameters."""
         if self._grad is None:
             self._grad = torch.empty_like(self._shape)
+        if self.is_checkpointed:
+            with torch.enable_grad(), torch.autocast(**self._autocast):
+                self._run_layer()
         wanted = [self._hidden] * self.wants_grad + self._leaves
         grads = list(torch.autograd.grad(self._result, wanted, self._grad, allow_unused=True))
+        self._drop()
         grad_hidden = grads.pop(0) if self.wants_grad else None
         self._groups = _by_type(grads)
         joined = [torch.cat([grads[place].reshape(-1) for place in places]) for places in self._groups]
@@ -103,6 +134,8 @@ class LayerGraph:
     def replay(self, hidden: torch.Tensor) -> torch.Tensor:
         """Forward: ``[B, S, H]`` to ``[B, S, H]``."""
         _move(hidden, self.entry)
+        if self.is_checkpointed:
+            self._drawn = random_state(hidden.device)
         self._forward.replay()
         # without a backward of its own nothing tells how long those above have need of it
         return self.result.detach() if self.learns else self.result.clone()
@@ -116,7 +149,8 @@ class LayerGraph:
             self.grad, self.grad_hidden, *self._joined = self._backward.outputs
             self._shape = None
         _move(grad, self.grad)
-        self._backward.replay()
+        with drawing_from(self._drawn, grad.device):  # dropout is the first forward's
+            self._backward.replay()
         grads: list[torch.Tensor | None] = [None] * len(self.parameters)
         for places, joined in zip(self._groups, self._joined, strict=True):
             parameters = [self.parameters[place] for place in places]
@@ -127,11 +161,17 @@ class LayerGraph:
 
     def release(self) -> None:
         """Nothing more is recorded: let go of all that lies in the recordings' memory."""
-        self._call = self._layer = self._entry = self._hidden = self._result = self._grad = None
-        self._leaves = []
+        self._drop()
+        self._call = self._layer = self._entry = self._grad = None
         self._forward.release()
         if self._backward is not None:
             self._backward.release()
+
+
+def _autocast_of(device_type: str) -> dict[str, Any]:
+    """Arguments of a `torch.autocast` like the one in force."""
+    enabled, dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
+    return {"device_type": device_type, "dtype": dtype, "enabled": enabled}
 
 
 def _by_type(grads: list[torch.Tensor | None]) -> list[list[int]]:

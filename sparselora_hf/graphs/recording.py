@@ -8,11 +8,11 @@ it again, since only one series is under way at a time. What a recording gives i
 import contextlib
 import gc
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-__all__ = ["Place", "Recording", "can_record", "has_waited"]
+__all__ = ["Place", "Recording", "can_record", "drawing_from", "has_waited", "random_state"]
 
 Tensors = Sequence[torch.Tensor | None]
 
@@ -38,6 +38,30 @@ def has_waited(run: Callable[[], object]) -> bool:
             torch.cuda.set_sync_debug_mode(before)
             torch.clear_autocast_cache()  # PyTorch of 2025 uses what was narrowed here without gradients again
     return any("synchronizing CUDA operation" in str(warning.message) for warning in told)
+
+
+def random_state(device: torch.device) -> torch.Tensor:
+    """Where a device is in its random numbers; the host need not wait for it."""
+    return _generator_of(device).get_state()
+
+
+@contextlib.contextmanager
+def drawing_from(state: torch.Tensor | None, device: torch.device) -> Iterator[None]:
+    """Random numbers are those from a state on, and afterwards what they would have been; None changes nothing."""
+    if state is None:
+        yield
+        return
+    generator = _generator_of(device)
+    before = generator.get_state()
+    generator.set_state(state)
+    try:
+        yield
+    finally:
+        generator.set_state(before)
+
+
+def _generator_of(device: torch.device) -> torch.Generator:
+    return torch.default_generator if device.type == "cpu" else torch.cuda.default_generators[device.index]
 
 
 class Place:

@@ -1,5 +1,6 @@
 """Which batches are recorded, and which are replayed."""
 
+import functools
 import weakref
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
@@ -211,7 +212,14 @@ class Graphs:
             series.forget()
 
     def run(
-        self, layer: nn.Module, number: int, state: Any, forward: Callable, args: tuple, kwargs: dict[str, Any]
+        self,
+        layer: nn.Module,
+        number: int,
+        state: Any,
+        forward: Callable,
+        args: tuple,
+        kwargs: dict[str, Any],
+        checkpointed: Callable | None = None,
     ) -> Any:
         """A layer's forward.
 
@@ -222,19 +230,20 @@ class Graphs:
             forward: the layer's own.
             args: what it is given by place.
             kwargs: what it is given by name.
+            checkpointed: where the layer is checkpointed, what does that without recordings.
         """
-        batch = state.batch
+        batch, launched = state.batch, checkpointed or functools.partial(forward, *args, **kwargs)
         if batch is None or not batch.may_replay:
-            return forward(*args, **kwargs)
+            return launched()
         try:
-            call = Call(layer, forward, args, kwargs, batch)
+            call = Call(layer, forward, args, kwargs, batch, checkpointed is not None)
             batch.take = batch.take or self.take(batch, call.form)
             graph = self._graph(batch.take, call, number, state)
         except UnfitError as reason:
             batch.may_replay = False  # recordings above may read what this layer's was to write
             if not isinstance(reason, NotNowError):
                 state.warn_once(f"SparseLoRA: layer {number} and those above are not made CUDA graphs: {reason}.")
-            return forward(*args, **kwargs)
+            return launched()
         batch.take.pending += graph.learns
         return replayed(self, graph, batch.take, call.hidden)
 
@@ -253,7 +262,7 @@ class Graphs:
             with _in_hand(state, series.batch):
                 return call.on(hidden, [place.static for place in inputs], series.batch)
 
-        graph = LayerGraph(call.layer, call.form, inputs, run, self._place)
+        graph = LayerGraph(call.layer, call.form, inputs, run, self._place, call.is_checkpointed)
         with _told("forward"):
             graph.record(call.hidden, call.hidden.data_ptr() in self._addresses)
         self._addresses.add(graph.result.data_ptr())

@@ -8,7 +8,7 @@ On a GPU memory is why one checkpoints, and its attention is fast: the saving is
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
 import torch
@@ -19,7 +19,7 @@ from ..families import ModelFamily
 from ..state import SparseState
 from ..views import part_of
 
-__all__ = ["KeepAttention", "checkpoints", "is_reentrant"]
+__all__ = ["Exchange", "KeepAttention", "checkpoints", "is_reentrant"]
 
 # q, k and v to output and logarithms of sums; in float32 and 16-bit types, without dropout
 _ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -34,7 +34,8 @@ def checkpoints(layer: nn.Module) -> bool:
 
 def is_reentrant(layer: nn.Module) -> bool:
     """Whether the layer is checkpointed the reentrant way, which has no backward without an input gradient."""
-    return checkpoints(layer) and layer._gradient_checkpointing_func.keywords.get("use_reentrant", True)
+    keywords = getattr(layer._gradient_checkpointing_func, "keywords", {}) if checkpoints(layer) else None
+    return keywords is not None and keywords.get("use_reentrant", True)
 
 
 class _Keep(TorchDispatchMode):
@@ -74,13 +75,17 @@ def _contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
     return _Keep(kept), _Take(kept)
 
 
-class KeepAttention:
-    """Hooks on the decoder: while it runs on a training batch its layers are checkpointed with the saving."""
+class Exchange:
+    """Hooks on the decoder: while it runs on a training batch its layers are checkpointed in another way."""
 
     def __init__(self, state: SparseState, family: ModelFamily) -> None:
         self.state = state
         self.family = family
-        self.before: list[tuple[nn.Module, functools.partial]] = []
+        self.before: list[tuple[nn.Module, Callable]] = []
+
+    def other(self, layer: nn.Module, func: Callable) -> Callable | None:
+        """What is to checkpoint a layer in place of `func`; None leaves it."""
+        raise NotImplementedError
 
     def register(self, decoder: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
         """Put the hooks on a decoder; returns what removes them, and what a forward left that was interrupted."""
@@ -89,19 +94,19 @@ class KeepAttention:
 
     @torch.compiler.disable
     def enter(self, module: nn.Module, args: tuple) -> None:
-        """Add the contexts to what checkpoints the layers; contexts that are a user's own stay."""
+        """Exchange what checkpoints the layers."""
         if self.state.batch is None:
             return
         for layer in part_of(module, self.family, "layers"):
             if checkpoints(layer) and not is_reentrant(layer):
                 func = layer._gradient_checkpointing_func
-                if "context_fn" not in func.keywords:
+                if (other := self.other(layer, func)) is not None:
                     self.before.append((layer, func))
-                    layer._gradient_checkpointing_func = functools.partial(func, context_fn=_contexts)
+                    layer._gradient_checkpointing_func = other
 
     @torch.compiler.disable
     def leave(self, module: nn.Module, args: tuple, output: object) -> None:
-        """Take them out again."""
+        """Give back what was exchanged."""
         self.remove()
 
     def remove(self) -> None:
@@ -109,3 +114,11 @@ class KeepAttention:
         while self.before:
             layer, func = self.before.pop()
             layer._gradient_checkpointing_func = func
+
+
+class KeepAttention(Exchange):
+    """Layers are checkpointed with the saving; contexts that are a user's own stay."""
+
+    def other(self, layer: nn.Module, func: Callable) -> Callable | None:
+        """With its contexts."""
+        return None if "context_fn" in func.keywords else functools.partial(func, context_fn=_contexts)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from looping import GRAPHS, SETTINGS, batches, loop, train
+from looping import CHECKPOINTED, GRAPHS, SETTINGS, batches, loop, train
 from torch import nn
 
 from sparselora_hf.graphs.recording import Recording
@@ -46,6 +46,16 @@ def test_replayed_steps_train_as_launched_ones(launched, replays, settings, auto
     assert len(replays) >= 6 * 5  # three layers, both ways
 
 
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_checkpointed_steps_train_as_launched_ones(launched, replays, settings):
+    steps, config = batches(12, forms=2), GRAPHS.replace(**settings)
+    options = {"autocast": True, "gather": 2, "checkpointing": CHECKPOINTED, "lora": {"dropout": 0.5}}
+    want = launched(config, steps, **options)
+    assert not replays
+    assert_equal(want, train(config, steps, device="cuda", **options))
+    assert len(replays) >= 6 * 5
+
+
 @pytest.mark.parametrize("gather", [2, 3])
 def test_accumulated_gradients_are_those_of_launched_steps(launched, replays, gather):
     steps = batches(12, forms=2)
@@ -86,8 +96,9 @@ def test_a_layer_that_waits_for_the_device_is_not_recorded(launched, replays, ca
     assert replays  # of the layer below
 
 
-def test_recordings_of_many_forms_share_their_memory():
-    run = loop(GRAPHS, 200, device="cuda")
+@pytest.mark.parametrize("checkpointing", [None, CHECKPOINTED], ids=["kept", "checkpointed"])
+def test_recordings_of_many_forms_share_their_memory(checkpointing):
+    run = loop(GRAPHS, 200, device="cuda", checkpointing=checkpointing)
     for _ in range(6):
         run.step(batches(1)[0])
     torch.cuda.synchronize()
