@@ -1,7 +1,7 @@
 """One decoder layer's forward and backward, recorded for batches of one form.
 
-Where the layer is checkpointed, the recording of its backward begins with its forward again, and nothing of the first
-one is kept but its input and its result.
+Where the layer is checkpointed, so are the recordings: the one of its backward begins with its forward again, as far
+as backward has need of it, and nothing of the first one is kept but its input and its result.
 """
 
 import weakref
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from ..ops.once import once_differentiable
 from .form import NotNowError, Standing, UnfitError
@@ -63,7 +64,6 @@ class LayerGraph:
         self.learns = self.wants_grad = False
         self._call, self._place, self._layer = call, place, layer
         self._leaves: list[nn.Parameter] = []
-        self._autocast: dict[str, Any] = {}
         self._drawn: torch.Tensor | None = None
         self._shape = self._entry = self._hidden = self._result = self._grad = None
         self._groups: list[list[int]] | None = None
@@ -84,7 +84,6 @@ class LayerGraph:
         """
         self.wants_grad, self._shape = hidden.requires_grad, hidden.detach()
         self._entry, self._is_chained = self._shape if is_static else None, is_static
-        self._autocast = _autocast_of(hidden.device.type)
         self._forward = Recording(self._run_forward, self._place)
         self.entry, self.result = self._forward.outputs
         self._shape = None
@@ -92,36 +91,30 @@ class LayerGraph:
     def _run_forward(self) -> list[torch.Tensor]:
         if self._entry is None:
             self._entry = torch.empty_like(self._shape)
-        self._run_layer()
+        self._hidden = self._entry.detach().requires_grad_(self.wants_grad)
+        if self.is_checkpointed:  # its random numbers are dealt with in replays
+            self._result = checkpoint(self._run_layer, self._hidden, use_reentrant=False, preserve_rng_state=False)
+        else:
+            self._result = self._run_layer(self._hidden)
+        torch.clear_autocast_cache()  # of what was narrowed for this recording alone
         if not isinstance(self._result, torch.Tensor) or self._result.shape != self._entry.shape:
             raise UnfitError("a layer gives something else than hidden states")
         self.learns = self._result.requires_grad
-        result = self._result.detach().contiguous()
-        if self.is_checkpointed:
-            self._drop()
-        return [self._entry, result]
+        return [self._entry, self._result.detach().contiguous()]
 
-    def _run_layer(self) -> None:
-        self._hidden = self._entry.detach().requires_grad_(self.wants_grad)
-        with _fresh_leaves(self._layer) as self._leaves:
-            self._result = self._call(self._hidden)
-        torch.clear_autocast_cache()  # of what was narrowed for this recording alone
-
-    def _drop(self) -> None:
-        """Forget what backward needs: recordings to come may have its memory."""
-        self._hidden = self._result = None
-        self._leaves = []
+    def _run_layer(self, hidden: torch.Tensor) -> torch.Tensor:
+        with _fresh_leaves(self._layer) as leaves:
+            self._leaves = self._leaves or leaves  # gradients go to those of the first time
+            return self._call(hidden)
 
     def _run_backward(self) -> list[torch.Tensor | None]:
         """Where the gradient is read; the gradients of the hidden states and, in one tensor a type, of parameters."""
         if self._grad is None:
             self._grad = torch.empty_like(self._shape)
-        if self.is_checkpointed:
-            with torch.enable_grad(), torch.autocast(**self._autocast):
-                self._run_layer()
         wanted = [self._hidden] * self.wants_grad + self._leaves
         grads = list(torch.autograd.grad(self._result, wanted, self._grad, allow_unused=True))
-        self._drop()
+        self._hidden = self._result = None  # recordings to come may have the memory of what backward needed
+        self._leaves = []
         grad_hidden = grads.pop(0) if self.wants_grad else None
         self._groups = _by_type(grads)
         joined = [torch.cat([grads[place].reshape(-1) for place in places]) for places in self._groups]
@@ -161,17 +154,11 @@ class LayerGraph:
 
     def release(self) -> None:
         """Nothing more is recorded: let go of all that lies in the recordings' memory."""
-        self._drop()
-        self._call = self._layer = self._entry = self._grad = None
+        self._call = self._layer = self._entry = self._hidden = self._result = self._grad = None
+        self._leaves = []
         self._forward.release()
         if self._backward is not None:
             self._backward.release()
-
-
-def _autocast_of(device_type: str) -> dict[str, Any]:
-    """Arguments of a `torch.autocast` like the one in force."""
-    enabled, dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
-    return {"device_type": device_type, "dtype": dtype, "enabled": enabled}
 
 
 def _by_type(grads: list[torch.Tensor | None]) -> list[list[int]]:
