@@ -307,10 +307,12 @@ def test_language_tower_is_sparse_and_images_are_context(name):
 
 @pytest.mark.parametrize("name", VISION)
 def test_adapters_of_the_vision_tower_keep_their_gradients(name):
-    model, batch = add_lora(vision_model(name), "all-linear").train(), vision_batch(name)
+    # a tower's gradients are small differences of large numbers: in float32 they are rounding up to 1e-4
+    model, batch = add_lora(vision_model(name), "all-linear").train().double(), vision_batch(name)
+    batch = {key: tensor.double() if tensor.is_floating_point() else tensor for key, tensor in batch.items()}
     want = run(model, batch)[1]
     dense = SPARSE.replace(mlp_sparsity=0.0, attention_sparsity=0.0)
-    assert_same(exactly(model, batch, dense), want, 1e-4)
+    assert_same(exactly(model, batch, dense), want, 1e-5)
     with sparsify(model, dense, progress=False) as handle:
         assert "exact saving frozen_below: off" in handle.report()
         assert "lies below the decoder layers" in handle.report()
