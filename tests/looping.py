@@ -1,7 +1,7 @@
 """Short loops of tiny models with plain gradient descent, for CUDA graphs and their double."""
 
 import torch
-from helpers import ATTENTION, MLP, SPARSE, lora_model, make_batch
+from helpers import ATTENTION, MLP, SPARSE, add_lora, make_batch, tiny_model
 
 from sparselora_hf import sparsify
 
@@ -24,14 +24,32 @@ def batches(n: int, forms: int = 1) -> list:
     return [make_batch(*shapes[step % forms], seed=step) for step in range(n)]
 
 
+def nf4_model(kind: str = "nf4-double"):
+    """A base of four layers, quantised."""
+    from quantised import quantise
+
+    return quantise(tiny_model(layers=4), kind, torch.bfloat16)
+
+
 class loop:  # noqa: N801
     """A sparse model of four layers and its steps."""
 
     def __init__(
-        self, config, steps, *, device="cpu", autocast=False, change=None, gather=1, checkpointing=None, **options
+        self,
+        config,
+        steps,
+        *,
+        device="cpu",
+        autocast=False,
+        change=None,
+        gather=1,
+        checkpointing=None,
+        base=None,
+        lora=None,
     ):
         self.device, self.autocast, self.gather = device, autocast, gather
-        self.model = lora_model(targets=ATTENTION + MLP, layers=4, **options).to(device)
+        base = tiny_model(layers=4) if base is None else base()
+        self.model = add_lora(base, ATTENTION + MLP, **(lora or {})).train().to(device)
         self.model.config.use_cache = False
         if checkpointing is not None:
             self.model.gradient_checkpointing_enable(checkpointing)

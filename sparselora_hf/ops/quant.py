@@ -24,6 +24,7 @@ __all__ = [
     "Weight4bit",
     "Weight8bit",
     "frozen_weight",
+    "is_4bit",
     "is_repacked",
     "is_stored_packed",
     "read_columns",
@@ -317,6 +318,11 @@ def why_unreadable(linear: nn.Module) -> str:
     if not weight.is_floating_point() or weight.dtype.itemsize == 1:  # as compressed-tensors keeps them
         return f"a linear with a weight in {str(weight.dtype).removeprefix('torch.')}: {hint}"
     return ""
+
+
+def is_4bit(linear: nn.Module) -> bool:
+    """Whether the weight of a linear is a 4-bit one of bitsandbytes."""
+    return _kind(linear) is Weight4bit
 
 
 def is_stored_packed(linear: nn.Module) -> bool:
