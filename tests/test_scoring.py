@@ -169,6 +169,21 @@ def test_a_long_text_of_numbers_takes_no_time():
     assert time.process_time() - start < 5  # each number by itself, with all before it: minutes
 
 
+def test_many_empty_lines_take_no_time():
+    start = time.process_time()
+    assert last_number("18" + "\n" * 100_000 + "eighteen") == 18
+    assert time.process_time() - start < 5  # the rest of them looked through from each of them: half a minute
+
+
+@given(
+    st.lists(st.sampled_from(("7", "x", " ", "\n", "\r", "\t", "\u00a0", "###", "### ", "#")), max_size=12).map(
+        "".join
+    )
+)
+def test_a_next_prompt_starts_a_line(text):
+    assert scoring.own_words(text).rstrip() == re.split(r"\n\s*### ", text)[0].rstrip()
+
+
 def test_wilson_against_the_textbook():
     """Values of Newcombe, Statistics in Medicine 17 (1998), table I: 81 of 263 and 0 of 20."""
     assert wilson(81 / 263, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)

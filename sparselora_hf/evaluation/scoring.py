@@ -13,7 +13,8 @@ __all__ = ["TOLERANCE", "chosen", "is_number", "last_number", "own_words"]
 
 TOLERANCE = 1e-3
 
-_NEXT_TURN = re.compile(r"\n\s*### ")  # a model that goes on with a prompt of its own
+# a model that goes on with a prompt of its own; \s would try every run of empty lines from each of its lines
+_NEXT_TURN = re.compile(r"\n[^\S\n]*### ")
 _CURRENCY = re.compile(r"\b(?:[A-Z]{3}|Rs\.?)(?=[0-9])")  # of USD3 and Rs.3, which is no power and no .3
 # the 2 of m2, cm^2 and CO2, at the end of a sentence too
 _POWER = re.compile(r"(?<=[a-zA-Z])(?<![0-9][eE])(?:\^|\*\*)?[23](?![0-9]|[.,][0-9])")
@@ -32,8 +33,8 @@ _NEGATION = re.compile(r"(?:\bnot|n't|\bneither|\brather than|\binstead of)\s+(?
 
 
 def own_words(text: str) -> str:
-    """An answer without the next prompt that a model may have gone on with."""
-    return _NEXT_TURN.split(text)[0]
+    """An answer without the next prompt that a model may have gone on with; empty lines before it may stay."""
+    return _NEXT_TURN.split(text, maxsplit=1)[0]
 
 
 def last_number(text: str) -> float | None:
