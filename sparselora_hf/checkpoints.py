@@ -3,12 +3,13 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-__all__ = ["newest_checkpoint"]
+__all__ = ["newest_checkpoint", "steps_taken"]
 
 logger = logging.get_logger(__name__)
 
@@ -27,8 +28,18 @@ def newest_checkpoint(folder: str | Path) -> str | None:
     return None
 
 
+def steps_taken(checkpoint: str | Path) -> int:
+    """Optimizer steps before a checkpoint; 0 where it does not say."""
+    return _state(Path(checkpoint)).get("global_step", 0)
+
+
 def _is_whole(checkpoint: Path) -> bool:
+    return bool(_state(checkpoint))
+
+
+def _state(checkpoint: Path) -> dict[str, Any]:
+    """What the Trainer noted of a run, empty where that cannot be read."""
     try:
-        return bool(json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8")))
+        return json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
+        return {}

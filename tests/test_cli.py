@@ -260,6 +260,7 @@ def test_cpu_trains_in_fp32_unless_told(parse):
         ([*REQUIRED, "--mlp_sparsity", "{"], "cannot be read as YAML"),
         ([*REQUIRED, "--train_on", "both"], "invalid choice"),
         ([*REQUIRED, "--max_steps", "many"], "invalid int value"),
+        ([*REQUIRED, "--max_steps", "0"], "max_steps: a run of 0 steps"),
         ([*REQUIRED, "--max_examples", "0"], "max_examples: 0 is below 1"),
         ([*REQUIRED, "--max_example", "3"], "--max_example"),
     ],
@@ -271,8 +272,13 @@ def test_sft_errors(capsys, flags, message):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("learning_rat: 1\n", "learning_rat"), ("sparselora: {rnk: 8}\n", "rnk"), ("a: [\n", "no YAML")],
-    ids=["key", "section key", "syntax"],
+    [
+        ("max_steps: 0\n", "a run of 0 steps"),
+        ("learning_rat: 1\n", "learning_rat"),
+        ("sparselora: {rnk: 8}\n", "rnk"),
+        ("a: [\n", "no YAML"),
+    ],
+    ids=["no steps", "key", "section key", "syntax"],
 )
 def test_recipe_errors(capsys, tmp_path, text, message):
     pytest.importorskip("trl")
@@ -360,11 +366,28 @@ def test_a_run_goes_on_from_its_newest_checkpoint(capsys, tmp_path):
     assert losses[:2] == earlier
 
 
+@needs_data
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("kind", ["sparse", "dense"])
+@pytest.mark.parametrize("length", ["--max_steps 3", "--max_steps -1 --num_train_epochs 0.75"])
+def test_a_run_that_is_done_takes_no_step_more(capsys, tmp_path, kind, length):
+    pytest.importorskip("sparselora_hf.trainer")
+    flags = ["--save_strategy", "steps", "--save_steps", "1", "--lr_scheduler_type", "constant", *length.split()]
+    flags += ["--dense"] if kind == "dense" else []
+    assert main(smoke(tmp_path, *flags)) == 0
+    assert f"{kind}: 3 steps in" in capsys.readouterr().out
+    adapter = (tmp_path / "adapter_model.safetensors").read_bytes()
+    assert main(smoke(tmp_path, *flags, "--resume_from_checkpoint", "true")) == 0
+    assert f"{kind}: 3 steps were taken before and the run is done, saved" in capsys.readouterr().out
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == adapter
+    assert not (tmp_path / "checkpoint-4").exists()
+
+
 @pytest.mark.parametrize(
     ("given", "want"), [("true", True), ("True", True), ("false", None), (None, None), ("folder", "folder")]
 )
 def test_where_a_run_goes_on_from(given, want):
-    from sparselora_hf.cli.sft import resumed
+    from sparselora_hf.cli.resume import resumed
 
     assert resumed(given) is want
 

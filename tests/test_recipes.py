@@ -341,6 +341,10 @@ def test_glue_goes_on_from_its_newest_checkpoint(glue, tmp_path, capsys):
     assert glue.main([*flags, "--max_steps", "2"]) == 0
     assert glue.main([*flags, "--max_steps", "4", "--resume_from_checkpoint", "true"]) == 0
     assert (tmp_path / "checkpoint-4").is_dir()
+    capsys.readouterr()
+    assert glue.main([*flags, "--max_steps", "2", "--resume_from_checkpoint", "true"]) == 0
+    assert "the run was done before" in capsys.readouterr().out
+    assert not (tmp_path / "checkpoint-5").exists()
 
 
 def test_epochs_of_glue(glue_trainer):

@@ -16,8 +16,8 @@ import numpy as np
 
 from sparselora_hf import SparseLoraCallback
 from sparselora_hf.cli.recipe import parse_groups
+from sparselora_hf.cli.resume import run_to_end
 from sparselora_hf.cli.settings import configured
-from sparselora_hf.cli.sft import resumed
 from sparselora_hf.cli.smoke import make_model
 from sparselora_hf.evaluation.interval import wilson
 
@@ -208,7 +208,7 @@ def main(argv: Sequence[str]) -> int:
 
     args, training, model_args, settings = parse_groups(argv, (GlueArguments, TrainingArguments, ModelConfig), "glue")
     trainer, sparse = make_trainer(args, training, model_args, settings)
-    trainer.train(resume_from_checkpoint=resumed(training.resume_from_checkpoint))
+    _, was_done = run_to_end(trainer, training.resume_from_checkpoint)
     trainer.save_model(training.output_dir)
     if sparse is not None and trainer.is_world_process_zero():
         sparse.to_yaml(training.output_dir)
@@ -217,7 +217,10 @@ def main(argv: Sequence[str]) -> int:
         result = results(args, figures, len(trainer.eval_dataset))
         path = Path(training.output_dir) / "results.json"
         path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        Console(markup=False, highlight=False).print(f"{args.task_name}: {result['score']} %, saved to {path.parent}")
+        told = ", the run was done before" if was_done else ""
+        Console(markup=False, highlight=False).print(
+            f"{args.task_name}: {result['score']} %{told}, saved to {path.parent}"
+        )
     return 0
 
 

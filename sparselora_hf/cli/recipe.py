@@ -215,6 +215,8 @@ def parse_groups(argv: Sequence[str], groups: Sequence[type], prog: str) -> list
     except TypeError as error:  # a flag is text and is converted, a recipe's value is what YAML made of it
         raise ValueError(f"A value of the recipe has another type than its setting: {error}") from error
     for group in arguments:
+        if getattr(group, "max_steps", None) == 0:  # the Trainer would take one step, at a learning rate of 0 mostly
+            raise ValueError("max_steps: a run of 0 steps trains nothing. Give 1 or more, or -1 for num_train_epochs.")
         # TRL makes text of a list of one, and PEFT takes text for a pattern of whole paths
         target = getattr(group, "lora_target_modules", None)
         if isinstance(target, str) and target.isidentifier():

@@ -15,9 +15,10 @@ from transformers.utils import logging
 
 from ..files import write_atomically
 from .recipe import DATA_FILE, DataArguments, Recipe, parse
+from .resume import run_to_end
 from .settings import configured
 
-__all__ = ["DataArguments", "Recipe", "main", "make_trainer", "parse", "resumed", "trainer_keywords"]
+__all__ = ["DataArguments", "Recipe", "main", "make_trainer", "parse", "trainer_keywords"]
 
 logger = logging.get_logger(__name__)
 
@@ -268,18 +269,13 @@ def prepare(argv: Sequence[str]) -> Recipe:
     return recipe
 
 
-def resumed(given: str | None) -> str | bool | None:
-    """Where to go on from: a flag gives text, in which ``true`` is the newest checkpoint and ``false`` none."""
-    return {"true": True, "false": None}.get(str(given).lower(), given)
-
-
 def _train(recipe: Recipe) -> bool:
     """Train, save and report; returns whether this is the process that reports."""
     from rich.console import Console
 
     trainer = make_trainer(recipe, trainer_keywords(recipe))
     start = time.perf_counter()
-    result = trainer.train(resume_from_checkpoint=resumed(recipe.training.resume_from_checkpoint))
+    result, was_done = run_to_end(trainer, recipe.training.resume_from_checkpoint)
     seconds = time.perf_counter() - start
     trainer.save_model(recipe.training.output_dir)
     if recipe.training.push_to_hub:
@@ -287,9 +283,10 @@ def _train(recipe: Recipe) -> bool:
     is_main = trainer.is_world_process_zero()
     if is_main:
         kind = "dense" if recipe.data.dense else "sparse"
+        told = f"{result.global_step} steps in {seconds:.1f} s, mean training loss {result.training_loss:.4f}"
+        told = f"{result.global_step} steps were taken before and the run is done" if was_done else told
         Console(soft_wrap=True, markup=False, highlight=False).print(
-            f"{kind}: {result.global_step} steps in {seconds:.1f} s, mean training loss {result.training_loss:.4f}, "
-            f"saved to {recipe.training.output_dir}"
+            f"{kind}: {told}, saved to {recipe.training.output_dir}"
         )
     trainer.accelerator.end_training()
     return is_main
