@@ -212,6 +212,8 @@ def _fetched(url: str) -> Path:
     path = folder / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{url.rsplit('/', 1)[-1]}"
     if path.is_file():
         return path
+    if path.exists():
+        raise OSError(f"{path}, where {url} would be kept, is no file. Delete it.")
     folder.mkdir(parents=True, exist_ok=True)
     try:
         download_url_to_file(url, str(path), progress=logging.is_progress_bar_enabled())

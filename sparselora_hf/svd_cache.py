@@ -1,7 +1,8 @@
 """Cache of SVD factors: one safetensors file per weight, named by a fingerprint of the weight itself.
 
 A file is written to a temporary name and moved into place, so a reader never meets half of one; a file that is
-damaged or not ours is rebuilt, never trusted. A cache that cannot be read or written costs time, not the run.
+damaged or not ours is rebuilt, never trusted, and what is no file is left alone. A cache that cannot be read or
+written costs time, not the run.
 """
 
 import hashlib
@@ -79,6 +80,9 @@ class SvdCache:
         known = print_of(weight) if known is None else known
         key = hashlib.sha256(f"{_FORMAT}/{known}/{rank}/{seed}".encode()).hexdigest()
         path = self.folder / "svd" / f"{key}.safetensors"
+        if os.path.exists(path) and not os.path.isfile(path):  # to open a pipe would wait for ever
+            logger.warning(f"{path} is no file: its factors are computed in every run. Delete it.")
+            return truncated_svd(read_whole(weight), rank, seed)
         factors = self._read(path, key, weight.shape, rank)
         if factors is not None:
             self.hits += 1

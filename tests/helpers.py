@@ -1,5 +1,6 @@
 """What several test files need: tiny models with live LoRA adapters, batches, gradients, comparisons."""
 
+import multiprocessing
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,16 @@ _FAMILIES = {
     "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": None}),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
 }
+
+
+def assert_ends(function, *args) -> None:
+    """A call ends well and within 30 seconds, which one that waits for somebody to write into a pipe does not."""
+    process = multiprocessing.get_context("fork").Process(target=function, args=args)
+    process.start()
+    process.join(30)
+    process.kill()
+    process.join()
+    assert process.exitcode == 0
 
 
 def run_python(code: str, *argv: str) -> str:

@@ -1,9 +1,11 @@
 """The table that sends an operation to Triton, to slices with cuBLAS or to PyTorch. Devices are made up."""
 
 import json
+import os
 
 import pytest
 import torch
+from helpers import assert_ends
 
 from sparselora_hf.kernels import choice, runtime
 from sparselora_hf.kernels.choice import OPERATIONS, Choice, choose, shape_key, write_table
@@ -95,6 +97,18 @@ def test_a_damaged_table_costs_no_run(gpu, tmp_path):
     choice.machine_table().parent.mkdir(parents=True, exist_ok=True)
     choice.machine_table().write_text("{ half")
     assert choose("norm", OnGpu(), 4096, 1024) == Choice("triton")
+
+
+def test_a_pipe_or_folder_in_place_of_the_table_costs_no_run(gpu):
+    gpu((9, 0))
+    table = choice.machine_table()
+    table.mkdir(parents=True)
+    assert choose("norm", OnGpu(), 4096, 1024) == Choice("triton")
+    table.rmdir()
+    os.mkfifo(table)
+    choice._measured.cache_clear()
+    choice._choose.cache_clear()
+    assert_ends(choose, "norm", OnGpu(), 4096, 1024)
 
 
 def test_reasons_for_not_running(gpu, monkeypatch):

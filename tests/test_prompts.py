@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import tempfile
@@ -200,6 +201,17 @@ def test_a_file_from_the_web_is_fetched_once(math_file):
     assert len(load_examples(url, "train", "alpaca")) == 2
     with pytest.raises(OSError, match="cannot be fetched"):
         load_examples(url.replace("math", "other"))
+
+
+def test_what_is_no_file_is_not_taken_for_one_from_the_web(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPARSELORA_CACHE", str(tmp_path))
+    monkeypatch.setattr("torch.hub.download_url_to_file", lambda *args, **settings: None)
+    url = "http://127.0.0.1/math.json"
+    with pytest.raises(FileNotFoundError):
+        load_examples(url)
+    (tmp_path / "data" / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-math.json").mkdir()
+    with pytest.raises(OSError, match=r"-math\.json, where http://127\.0\.0\.1/math\.json would be kept, is no file"):
+        load_examples(url)
 
 
 def test_an_empty_cell_is_no_answer(tmp_path):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import assert_ends
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -118,10 +119,21 @@ def test_damaged_file_is_rebuilt(weight, stored, damage):
     assert_rebuilt(weight, stored)
 
 
-def test_folder_in_place_of_the_file(weight, stored):
+def test_folder_in_place_of_the_file(weight, stored, caplog):
+    """It is no reason to keep no factors of other weights."""
     damage_folder(stored)
-    got = SvdCache(stored.parents[1]).factors(weight, 4)
-    assert torch.equal(got.down, truncated_svd(weight, 4).down)
+    cache = SvdCache(stored.parents[1])
+    assert torch.equal(cache.factors(weight, 4).down, truncated_svd(weight, 4).down)
+    assert f"{stored} is no file" in caplog.text
+    cache.factors(weight + 1, 4)
+    assert len([path for path in stored.parent.iterdir() if path.is_file()]) == 1
+
+
+def test_pipe_in_place_of_the_file(weight, stored):
+    stored.unlink()
+    os.mkfifo(stored)
+    assert_ends(SvdCache(stored.parents[1]).factors, weight, 4)
+    assert stored.is_fifo()
 
 
 def test_cache_that_cannot_be_written(weight, tmp_path):

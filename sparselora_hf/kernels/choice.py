@@ -89,7 +89,8 @@ def write_table(entries: dict[str, dict[str, list]], path: Path | None = None) -
 
 def _read(path: Path) -> dict[str, dict[str, list]]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        # to open a pipe would wait for ever
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (OSError, ValueError):
         return {}  # a table that is missing or damaged costs speed, not the run
 
