@@ -22,7 +22,7 @@ _CONFIG_FIELDS = {
     "vocab": "vocab_size",
 }
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-_EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_k", "top_k_experts")
+_EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
 _SHARED_EXPERTS = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
 _SHARED_WIDTH = ("shared_expert_intermediate_size", "shared_intermediate_size")
 
@@ -250,9 +250,10 @@ def _first(values: dict[str, Any], names: tuple[str, ...]) -> int:
 
 def _shared(values: dict[str, Any]) -> int:
     """Channels of the MLP that every token passes through beside the experts, if any."""
-    if values.get("enable_moe_block"):  # Gemma 4 has them beside its MLP
+    # Gemma 4 has them beside its MLP, and Hunyuan's configuration does not name the MLP beside them
+    if values.get("enable_moe_block") or values.get("model_type") == "hunyuan_v1_moe":
         return values["intermediate_size"]
-    width = values.get("moe_intermediate_size") or 0
+    width = values.get("moe_intermediate_size") or values.get("intermediate_size") or 0
     return _first(values, _SHARED_WIDTH) or _first(values, _SHARED_EXPERTS) * width
 
 

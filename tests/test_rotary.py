@@ -22,10 +22,12 @@ from sparselora_hf.ops.rotary import lean_rotary
 LEAN = SparseLoraConfig(exact=("rotary",))
 # pairs of neighbours, or half as many angles
 OTHERWISE = {"cohere", "cohere2", "deepseek_v2", "ernie4_5", "ernie4_5_moe", "glm", "glm4", "gpt_oss", "helium"}
+OTHERWISE |= {"cohere2_moe", "nanochat"}  # the latter turns the other way round
+OTHERWISE |= {"bailing_hybrid", "deepseek_v32", "glm_moe_dsa", "kimi_linear"}
 OTHERWISE |= {"gemma3n_text", "gemma4_text", "gemma4_unified_text"}  # queries and keys one after the other
 # heads with angles of a share of them, a function of another name for pairs, or no positions at all
 SHARES = {"deepseek_v3", "glm4_moe", "glm4_moe_lite", "gpt_neox", "granitemoehybrid", "nemotron"}
-SHARES |= {"qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"}
+SHARES |= {"axk1", "bamba", "lara_mini", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next", "sarvam_mla", "youtu"}
 # that take part, of two: in some layers there are no positions, or no attention
 ATTENTIONS = {
     **dict.fromkeys(OTHERWISE | SHARES, 0),
@@ -33,6 +35,8 @@ ATTENTIONS = {
     "exaone_moe": 1,
     "lfm2": 1,
     "lfm2_moe": 1,
+    "lfm3": 1,
+    "olmo_hybrid": 1,
     "smollm3": 1,
 }
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
