@@ -87,8 +87,9 @@ class SparseLoraHandle:
     def loss_only(self) -> bool:
         """A promise, False unless set: of the outputs of training forwards nothing but the loss is read.
 
-        The exact savings `last_layer` and `logits` need it: a causal model of transformers then gives logits
-        ``[1, L + 1, V]``, of its L labelled positions and one more. `SparseLoraTrainer` does without.
+        The exact savings `last_layer` and `logits` need it: a causal model of transformers, with images too, then
+        gives logits ``[1, L + 1, V]``, of its L labelled positions and one more. One whose loss is not
+        transformers' `ForCausalLMLoss` gives all of them still. `SparseLoraTrainer` does without.
         """
         return self.state.loss_only
 

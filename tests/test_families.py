@@ -291,11 +291,12 @@ def checkpoint(model, way):
 
 # images
 
+_TOWER = r".*(language_model|text_model)\.layers.*_proj"
+
 
 @pytest.mark.parametrize("name", VISION)
 def test_language_tower_is_sparse_and_images_are_context(name):
-    tower = r".*(language_model|text_model)\.layers.*_proj"
-    model, batch = add_lora(vision_model(name), tower).train(), vision_batch(name)
+    model, batch = add_lora(vision_model(name), _TOWER).train(), vision_batch(name)
     decisions = compare(model, batch)
     left = (".experts", "linear_attn", *(["self_attn"] if name == "gemma4" else []))
     assert all((d.outcome == "dense") == d.name.endswith(left) for d in decisions)
@@ -318,7 +319,59 @@ def test_adapters_of_the_vision_tower_keep_their_gradients(name):
         assert "lies below the decoder layers" in handle.report()
 
 
+def vision_lora(name):
+    """In float64 where experts are: a router carries roundings of float32 far."""
+    model, batch = add_lora(vision_model(name), _TOWER).train(), vision_batch(name)
+    if any(part in name for part in ("moe", "gemma4")):
+        model.double()
+        batch = {key: value.double() if value.is_floating_point() else value for key, value in batch.items()}
+    return model, batch
+
+
+@pytest.mark.parametrize("name", VISION)
+def test_where_nothing_but_the_loss_is_read_of_images_the_head_sees_labelled_rows(name):
+    model, batch = vision_lora(name)
+    if "moe" in name:
+        batch["output_router_logits"] = True  # their balance is made of every token, and no logits
+    want, shapes = loss_and_gradients(model, batch), []
+    with sparsify(model, SparseLoraConfig(), progress=False) as handle:
+        handle.loss_only = True
+        model.register_forward_hook(lambda module, args, output: shapes.append(output.logits.shape[:2]))
+        assert_same(loss_and_gradients(model, batch), want, 1e-4)
+        savings = handle.state.batch.savings
+    assert shapes == [(1, int((batch["labels"][:, 1:] >= 0).sum()) + 1)]
+    assert savings >= ({"logits"} if "moe" in name else {"logits", "last_layer"})
+
+
+@pytest.mark.parametrize("name", VISION)
+def test_trainer_leaves_out_the_logits_of_images(name, tmp_path):
+    runs, rows = [], []
+    for config in (None, SparseLoraConfig()):
+        model, batch = vision_lora(name)
+        settings = {"data_collator": lambda _, batch=batch: dict(batch), "max_steps": 2, "router_aux_loss_coef": 0.0}
+        trainer = make_trainer(tmp_path, config, model=model, **settings)
+        norm = model.get_base_model().get_decoder().norm
+        norm.register_forward_hook(lambda module, args, out, config=config: rows.append((config, out.shape[:2])))
+        trainer.train()
+        runs.append(trainer)
+    assert_same_run(runs[1], runs[0])
+    few = int((batch["labels"][:, 1:] >= 0).sum())
+    assert [shape for config, shape in rows if config is not None][-1] == (1, few)
+    assert [shape for config, shape in rows if config is None][-1] == batch["labels"].shape
+
+
 # sounds
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_loss_that_is_written_out_has_every_logit(side):
+    """Qwen2-Audio looks at the attention mask in it, and at labels of other places than those of its tokens."""
+    model, batch = add_lora(audio_model(), r".*language_model.*_proj").train(), make_batch(side=side)
+    want = loss_and_gradients(model, batch)
+    with sparsify(model, SparseLoraConfig(), progress=False) as handle:
+        handle.loss_only = True
+        assert_same(loss_and_gradients(model, batch), want, 1e-5)
+        assert not handle.state.batch.savings & {"logits", "last_layer"}
 
 
 @pytest.mark.parametrize("way", ["no", "non-reentrant", "reentrant"])

@@ -471,6 +471,17 @@ def test_a_promise_to_read_the_loss_alone(batch):
     assert head_shape(model, batch)[1] == whole
 
 
+def test_a_loss_function_of_ones_own_has_every_logit(batch):
+    """It may read more than the labelled rows."""
+    model = lora_model()
+    model.get_base_model().loss_function = lambda logits, labels, **kwargs: logits.square().mean()
+    want = loss_and_gradients(model, batch)
+    with sparsify(model, SparseLoraConfig(exact=("last_layer", "logits"))) as handle:
+        handle.loss_only = True
+        assert_same(loss_and_gradients(model, batch), want, 1e-5)
+        assert not handle.state.batch.savings
+
+
 def test_a_forward_that_fails_leaves_no_rows_to_the_next(batch):
     model = lora_model()
     with sparsify(model, SparseLoraConfig()) as handle:

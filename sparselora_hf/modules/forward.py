@@ -5,6 +5,7 @@ import inspect
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.loss.loss_utils import LOSS_MAPPING
 
 from ..plan import IGNORE_INDEX, TokenPlan
 from ..state import SparseState
@@ -169,14 +170,28 @@ def _pools(model: nn.Module) -> bool:
 
 
 def _shifts_labels(model: nn.Module) -> bool:
-    """Whether a model's loss holds each row of its logits against the label behind it and is made of nothing else."""
-    return _has_forward_of(model, "ForCausalLM")
+    """Whether a model's loss holds each row of its logits against the label behind it and is made of nothing else.
+
+    So does the `loss_function` that transformers gives causal models, with images too. Some of the latter
+    write their loss out in place of it, and look at the attention mask; others may have been given one of one's own.
+    """
+    if not _has_forward_of(model, "ForCausalLM", "ForConditionalGeneration"):
+        return False
+    model = _inner(model)
+    is_called = "loss_function" in inspect.unwrap(type(model).forward).__code__.co_names
+    return is_called and model.loss_function is LOSS_MAPPING["ForCausalLM"]
 
 
-def _has_forward_of(model: nn.Module, kind: str) -> bool:
-    """Whether a model has the forward that transformers gives this kind of models, and not one of others' making."""
-    forward = type(model if isinstance(model, PreTrainedModel) else model.model).forward  # inside PEFT's tuner
-    return forward.__qualname__.endswith(f"{kind}.forward") and forward.__module__.startswith("transformers.")
+def _has_forward_of(model: nn.Module, *kinds: str) -> bool:
+    """Whether a model has the forward that transformers gives these kinds of models, and not one of others' making."""
+    forward = type(_inner(model)).forward
+    names = tuple(f"{kind}.forward" for kind in kinds)
+    return forward.__qualname__.endswith(names) and forward.__module__.startswith("transformers.")
+
+
+def _inner(model: nn.Module) -> PreTrainedModel:
+    """The model inside PEFT's tuner, or the model itself."""
+    return model if isinstance(model, PreTrainedModel) else model.model
 
 
 def _is_per_token(labels: torch.Tensor, kwargs: dict) -> bool:
