@@ -37,6 +37,7 @@ class SparseLoraCallback(TrainerCallback):
     Attributes:
         handle: the handle of the model in training. With a configuration it is None before the model is sparsified
             and after training.
+        loss_only: the promise; it may be made until training begins.
 
     Raises:
         TypeError: `sparse` is neither.
@@ -58,7 +59,7 @@ class SparseLoraCallback(TrainerCallback):
             check_settings(sparse)
         self._config = sparse if isinstance(sparse, SparseLoraConfig) else None
         self._family = model_family
-        self._loss_only = loss_only
+        self.loss_only = loss_only
         self.handle = None if self._config else sparse
 
     def on_init_end(self, args, state, control, model=None, **kwargs) -> None:
@@ -66,7 +67,7 @@ class SparseLoraCallback(TrainerCallback):
         if self.handle is None or (self._config and not self.handle.is_attached):
             self.handle = sparsify(model, self._config, family=self._family)
             logger.info("SparseLoRA:\n" + self.handle.report())
-        self.handle.loss_only |= self._loss_only
+        self.handle.loss_only |= self.loss_only
 
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
         """Resolve the schedule against the length of the run; refuse engines that a sparse model does not run in."""

@@ -34,7 +34,7 @@ def rows(n=16):
     return [{key: value[i] for key, value in batch.items()} for i in range(n)]
 
 
-def make_trainer(folder, model, callbacks, model_init=None, **settings):
+def make_trainer(folder, model, callbacks, model_init=None, trainer_class=Trainer, **settings):
     args = TrainingArguments(
         str(folder),
         **{
@@ -49,7 +49,8 @@ def make_trainer(folder, model, callbacks, model_init=None, **settings):
         }
         | settings,
     )
-    return Trainer(model, args, train_dataset=rows(), eval_dataset=rows(4), model_init=model_init, callbacks=callbacks)
+    data = {"train_dataset": rows(), "eval_dataset": rows(4)}
+    return trainer_class(model, args, **data, model_init=model_init, callbacks=callbacks)
 
 
 def run(folder, config, resume=None, **settings):
@@ -185,6 +186,16 @@ def test_where_nothing_but_the_loss_is_read_the_head_sees_labelled_rows(tmp_path
     assert runs[1] == pytest.approx(runs[0], rel=1e-5)
     assert set(shapes[0]) == {(True, 2, 11), (False, 4, 11)}
     assert set(shapes[1]) == {(True, 1, 7), (False, 4, 11)}
+
+
+def test_the_promise_may_be_made_until_training_begins(tmp_path):
+    callback = SparseLoraCallback(SparseLoraConfig())
+    trainer = make_trainer(tmp_path, lora_model(), [callback], max_steps=1)
+    handle = callback.handle
+    assert not handle.loss_only
+    callback.loss_only = True
+    trainer.train()
+    assert handle.loss_only
 
 
 def test_figures_join_the_log(tmp_path):
