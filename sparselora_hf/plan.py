@@ -171,6 +171,14 @@ class TokenPlan:
         return self.targets if len(self.loss) else self.targets.new_full((1,), IGNORE_INDEX)
 
     @property
+    def unshifted_head(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows ``[L + 1]`` and labels ``[1, L + 1]`` for a loss that holds each row against the label behind it.
+
+        They are `head_rows` with their targets; the last row has no label behind it and stands for none.
+        """
+        return F.pad(self.head_rows, (0, 1)), F.pad(self.head_targets, (1, 0), value=IGNORE_INDEX)[None]
+
+    @property
     def tokens(self) -> int:
         """Number of tokens that are not padding."""
         return len(self.context) + len(self.output)

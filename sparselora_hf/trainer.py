@@ -231,19 +231,20 @@ class SparseLoraTrainer(SFTTrainer):
         state = self.sparse_handle.state
         if not self._compacts(inputs, return_outputs):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        inputs["shift_labels"] = state.batch.plan.head_targets[None]
-        state.head_rows = state.batch.plan.head_rows
+        plan, smoother = state.batch.plan, self.label_smoother
+        if smoother is None or self.args.loss_type != "nll":
+            state.head_rows, inputs["shift_labels"] = plan.head_rows, plan.head_targets[None]
+        else:  # it shifts labels by itself; those of the inputs are for the metrics, which have a forward of their own
+            state.head_rows, labels = plan.unshifted_head
+            self.label_smoother = lambda outputs, _, **kwargs: smoother(outputs, labels, **kwargs)
         try:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         finally:
-            state.head_rows = None
+            state.head_rows, self.label_smoother = None, smoother
 
     def _compacts(self, inputs: dict[str, Any], return_outputs: bool) -> bool:
         batch = self.sparse_handle.state.batch
-        if batch is None or return_outputs or "shift_labels" in inputs:
-            return False
-        smoothed = self.label_smoother is not None and self.args.loss_type == "nll"
-        return "logits" in batch.savings and not smoothed
+        return batch is not None and "logits" in batch.savings and not return_outputs and "shift_labels" not in inputs
 
     def _has_own(self, method: str) -> bool:
         """Whether a method is this class's, not that of a subclass or one that others gave this trainer."""

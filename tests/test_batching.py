@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from helpers import SPARSE
-from training import Collator, SparseTrainer, assert_same_run, chat_tokenizer, examples, trained
+from helpers import SPARSE, lora_model
+from training import Collator, SparseTrainer, assert_same_run, chat_tokenizer, examples, metrics, trained
 from transformers import DataCollatorForSeq2Seq
 from zoo import zoo_lora
 
@@ -144,6 +144,30 @@ def test_labels_that_are_shifted_already_give_the_same_run(tmp_path):
         trained(tmp_path, SPARSE, data_collator=collator("left"), max_steps=3) for collator in (Collator, Shifting)
     ]
     assert_same_run(*runs)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+def test_smoothed_labels_are_scored_from_labelled_rows_alone(tmp_path, checkpointing):
+    """The metrics have a forward without gradients of their own, with every row."""
+    settings = {"label_smoothing_factor": 0.1, "max_steps": 2, "gradient_checkpointing": checkpointing}
+    runs, rows = [], []
+    for config in (None, SparseLoraConfig(), SPARSE.replace(start_step=0, exact=False), SPARSE.replace(start_step=0)):
+        model, seen = lora_model(), []
+        norm = model.get_base_model().model.norm
+        norm.register_forward_hook(
+            lambda module, args, out, seen=seen: seen.append((out.requires_grad, out.shape[:-1].numel()))
+        )
+        runs.append(trained(tmp_path, config, model=model, **settings))
+        rows.append(seen)
+    dense, exact, plain, sparse = runs
+    assert_same_run(exact, dense)
+    assert_same_run(sparse, plain)
+    for name in ("entropy", "mean_token_accuracy"):
+        assert metrics(exact, name) == pytest.approx(metrics(dense, name), rel=1e-4)
+    assert rows[1] == rows[3]
+    for (learns, few), (_, whole) in zip(rows[1], rows[0], strict=True):
+        assert few < whole if learns else few == whole
+    assert [learns for learns, _ in rows[1]] == [True, False] * 2
 
 
 def prepared(self, inputs):

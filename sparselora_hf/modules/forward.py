@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import LOSS_MAPPING
 
-from ..plan import IGNORE_INDEX, TokenPlan
+from ..plan import TokenPlan
 from ..state import SparseState
 
 __all__ = ["ForwardHook"]
@@ -65,7 +65,7 @@ class ForwardHook:
         elif not self._takes_up_pinned(kwargs):
             self._begin(module, kwargs, loss_only=self.state.loss_only and not args and _shifts_labels(module))
             if self.state.head_rows is not None:
-                return (), {**kwargs, "labels": self._head_labels()}
+                return (), {**kwargs, "labels": self.state.batch.plan.unshifted_head[1]}
         return None
 
     @torch.compiler.disable
@@ -119,11 +119,6 @@ class ForwardHook:
             self.state.batch = pin.batch
         return fits
 
-    def _head_labels(self) -> torch.Tensor:
-        """``[1, L + 1]``, for a loss that holds each row against the label behind it: the last row has none."""
-        targets = self.state.batch.plan.head_targets
-        return nn.functional.pad(targets, (1, 0), value=IGNORE_INDEX)[None]
-
     def _begin(self, module: nn.Module, kwargs: dict, loss_only: bool) -> None:
         labels, ids, pools = kwargs.get("labels"), kwargs.get("input_ids"), _pools(module)
         if labels is None or not (ids is not None if pools else _is_per_token(labels, kwargs)):
@@ -139,7 +134,7 @@ class ForwardHook:
                 plan, labels.device, loss_only=loss_only, routers=routers, leaf_inputs=leaf_inputs
             )
             if "logits" in batch.savings:
-                self.state.head_rows = nn.functional.pad(batch.plan.head_rows, (0, 1))
+                self.state.head_rows = batch.plan.unshifted_head[0]
             return
         pad_token_id = module.config.get_text_config().pad_token_id
         plan = TokenPlan.of_pooled(ids, kwargs.get("attention_mask"), pad_token_id)
