@@ -66,22 +66,26 @@ def test_every_line_of_the_gpu_run_is_understood(bench, gpu_sh, smoke):
     subjects = {}
     for args in steps:
         SparseLoraConfig.from_dict(bench.step.sparse_settings(args).to_dict())
-        subjects.setdefault((args.csv.name, args.model, args.sequence, args.output, args.batch), []).append(
-            args.variants
-        )
+        subject = (args.csv.name, args.model, args.sequence, args.output, args.batch, args.checkpointing)
+        subjects.setdefault(subject, []).append(args.variants)
     assert {script for script, _ in calls} == parsers.keys()
     if smoke:
         return
     assert all(args.device == "cuda" for _, args in calls)
     told_nothing = [args for args in steps if args.sparse == "default"]
-    assert [bench.step.sparse_settings(args).criterion for args in told_nothing] == ["output"]
-    assert [args.csv.name for args in told_nothing] == ["step-default-cuda.csv"]
+    assert [bench.step.sparse_settings(args).criterion for args in told_nothing] == ["output"] * 2
+    assert [(args.csv.name, args.checkpointing) for args in told_nothing] == [
+        ("step-default-cuda.csv", False),
+        ("step-default-cuda.csv", True),
+    ]
     once = [names for key, names in subjects.items() if key[0] == "step-cuda.csv"]
     launched_and_replayed = ["sft", "sparse", "sparse_graphs"]
     whole_rows, padded_rows = once[0]
     assert (whole_rows, padded_rows) == (["sft", "exact", "sparse", "sparse_graphs"], launched_and_replayed)
-    assert sorted(once[1:]) == [[["sft", "exact", "exact_graphs"]]] + [[launched_and_replayed]] * 4
-    beside_liger = {key[2:]: names for key, names in subjects.items() if key[0] == "step-liger-cuda.csv"}
+    assert sorted(once[1:]) == [[["sft", "exact", "exact_graphs"]]] + [[launched_and_replayed]] * 5
+    quantised = [(args.quantization, args.checkpointing) for args in steps if args.csv.name == "step-qlora-cuda.csv"]
+    assert quantised == [("nf4", True)]
+    beside_liger = {key[2:-1]: names for key, names in subjects.items() if key[0] == "step-liger-cuda.csv"}
     protocols = ((512, 128, 8), (512, 3, 8), (1024, 512, 6), (2048, 512, 2))
     assert beside_liger == {protocol: [["sft_liger", "sparse", "sparse_graphs"]] for protocol in protocols}
 

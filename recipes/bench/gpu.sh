@@ -71,8 +71,8 @@ add() { # add PROTOCOL BATCH ARGUMENTS...: one more measurement of the step benc
 run parity 90 $interpret "$python" -m pytest -q --tb=short --maxfail=20 -p no:cacheprovider $parallel $parity
 bench kernels 60 kernel_times --csv "$out/kernels-$device.csv" $times
 # the four protocols against untouched SFTTrainer, launched and replayed; a stand-in in every layer, whatever quality it
-# has; what a trainer does that is told nothing; padded rows, a single one; the paper's schedule in whole, with what
-# would not pay
+# has; what a trainer does that is told nothing, checkpointed as TRL does and not; padded rows, a single one; the
+# paper's schedule in whole, with what would not pay
 these="--variants sft sparse sparse_graphs"
 add math 8
 add csr 8 $these
@@ -80,10 +80,12 @@ add code 6 $these
 add wizard 2 $these
 add csr 8 $these --sparse "$all" --csv "$out/step-stand-in-$device.csv"
 add math 8 $these --sparse default --csv "$out/step-default-$device.csv"
+add math 8 $these --sparse default --csv "$out/step-default-$device.csv" --checkpointing
+add math 8 $these --checkpointing
 add math 8 $these --fill 0.6
 add math 1 --variants sft exact exact_graphs
 add math 8 $these --sparse "$whole" --csv "$out/step-whole-$device.csv"
-bench step 280 step --variants sft exact sparse sparse_graphs $large $turns --csv "$out/step-$device.csv" "${steps[@]}"
+bench step 300 step --variants sft exact sparse sparse_graphs $large $turns --csv "$out/step-$device.csv" "${steps[@]}"
 # against SFTTrainer with fused layer kernels
 protocol math 8
 [ -n "$liger" ] &&
@@ -97,4 +99,8 @@ bench attach 60 attach --csv "$out/attach-$device.csv" $attach
 # a small model
 protocol wizard 2
 bench step-1b 40 step $these $small $turns --csv "$out/step-$device.csv" "${shape[@]}"
+# a base of 4 bits, checkpointed
+protocol math 8
+bench step-qlora 90 step $these $large $turns --csv "$out/step-qlora-$device.csv" "${shape[@]}" --quantization nf4 \
+  --checkpointing
 echo "== done in $SECONDS s; results in $out"

@@ -315,6 +315,7 @@ TABLES = {
     "profile-gpu": profile_table,
     "kernels-gpu": kernels_table,
     "step-qlora": lambda: step_table("step-qlora-cpu.csv"),
+    "step-qlora-gpu": partial(step_table, "step-qlora-cuda.csv", columns=ON_GPU, on_gpu=True),
     "versions": version_rows,
     "mapping": mapping_table,
     "quality-qlora": partial(quality_table, "accuracy-qlora-cpu.csv", "babyllama361-stories-nf4", 200),
