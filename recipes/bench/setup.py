@@ -99,7 +99,8 @@ def quantize(model: PreTrainedModel, kind: str, dtype: torch.dtype) -> PreTraine
         if isinstance(linear, torch.nn.Linear):
             shape, bias = (linear.in_features, linear.out_features), linear.bias is not None
             if kind == "nf4":
-                new = bnb.nn.Linear4bit(*shape, bias, compute_dtype=dtype, compress_statistics=True, quant_type="nf4")
+                ways = {"compute_dtype": dtype, "compress_statistics": True, "quant_type": "nf4"}
+                new = bnb.nn.Linear4bit(*shape, bias, **ways, device=linear.weight.device)
             else:
                 new = bnb.nn.Linear8bitLt(*shape, bias, has_fp16_weights=False)
             new.load_state_dict(linear.state_dict())
