@@ -1,8 +1,10 @@
 """CUDA graphs of decoder layers, on a CPU by a double that does again what a GPU would replay."""
 
 import copy
+import gc
 import pickle
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from helpers import lora_model, make_batch
 from looping import CHECKPOINTED, GRAPHS, SETTINGS, batches, loop, nf4_model, train
 from tape import Here, Taped
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils.checkpoint import checkpoint
 
 from sparselora_hf import sparsify
 from sparselora_hf import state as state_module
@@ -198,9 +201,18 @@ def test_a_loss_that_is_kept_after_its_backward_holds_up_nothing(doubles, layers
     assert run.figures()["sparselora/replayed"] == 3 / 5
 
 
-def test_a_batch_without_backward_leaves_no_half_recording(doubles, launched, monkeypatch):
+@pytest.mark.parametrize("checkpointing", [None, CHECKPOINTED], ids=["kept", "checkpointed"])
+def test_a_batch_without_backward_leaves_no_half_recording(doubles, launched, monkeypatch, checkpointing):
+    made, init = [], layer_module.LayerGraph.__init__
+    monkeypatch.setattr(
+        layer_module.LayerGraph,
+        "__init__",
+        lambda self, *args: made.append(weakref.ref(self)) or init(self, *args),
+    )
+
     def losses():
-        run, batch = loop(GRAPHS.replace(start_step=0), 100), batches(1)[0]
+        config = without_recomputation(GRAPHS.replace(start_step=0))
+        run, batch = loop(config, 100, checkpointing=checkpointing), batches(1)[0]
         run.step(batch)
         run.forward(batch)  # it is recorded
         return [run.step(batch) for batch in batches(5)]
@@ -208,6 +220,9 @@ def test_a_batch_without_backward_leaves_no_half_recording(doubles, launched, mo
     got = losses()
     assert len(doubles) == 3 + 6
     assert replays(doubles) == 3 + 5 * 6
+    doubles.clear()
+    gc.collect()
+    assert [graph() for graph in made[:3]] == [None] * 3
     monkeypatch.setattr(series_module.Graphs, "take", lambda self, batch, form: None)
     assert got == losses()
 
@@ -408,6 +423,27 @@ def test_what_checkpoints_a_layer_is_given_back_whatever_happens(doubles):
 
 def fail(module, args):
     raise RuntimeError("stop here")
+
+
+@pytest.mark.parametrize("then", ["nothing", "other dropout"])
+def test_what_checkpoints_a_layer_is_its_own_after_an_interrupt(doubles, then):
+    """PyTorch calls no hook behind a forward that Ctrl-C ends."""
+
+    def interrupt(module, args):
+        raise KeyboardInterrupt
+
+    run = loop(without_recomputation(GRAPHS), 10, checkpointing=CHECKPOINTED)
+    layers = run.model.get_base_model().model.layers
+    stop = layers[2].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run.step(batches(1)[0])
+    stop.remove()
+    if then != "nothing":
+        run.model.gradient_checkpointing_enable(CHECKPOINTED | {"preserve_rng_state": False})
+    run.step(batches(1)[0])
+    want = CHECKPOINTED if then == "nothing" else CHECKPOINTED | {"preserve_rng_state": False}
+    assert [layer._gradient_checkpointing_func.func for layer in layers] == [checkpoint] * 4
+    assert [layer._gradient_checkpointing_func.keywords for layer in layers] == [want] * 4
 
 
 @pytest.mark.parametrize(

@@ -92,8 +92,10 @@ class LayerGraph:
         if self._entry is None:
             self._entry = torch.empty_like(self._shape)
         self._hidden = self._entry.detach().requires_grad_(self.wants_grad)
-        if self.is_checkpointed:  # its random numbers are dealt with in replays
-            self._result = checkpoint(self._run_layer, self._hidden, use_reentrant=False, preserve_rng_state=False)
+        if self.is_checkpointed:
+            run = weakref.WeakMethod(self._run_layer)  # the result, which is kept here, keeps what is checkpointed
+            ways = {"use_reentrant": False, "preserve_rng_state": False}  # random numbers are dealt with in replays
+            self._result = checkpoint(lambda hidden: run()(hidden), self._hidden, **ways)
         else:
             self._result = self._run_layer(self._hidden)
         torch.clear_autocast_cache()  # of what was narrowed for this recording alone

@@ -81,7 +81,7 @@ class Exchange:
     def __init__(self, state: SparseState, family: ModelFamily) -> None:
         self.state = state
         self.family = family
-        self.before: list[tuple[nn.Module, Callable]] = []
+        self.exchanged: list[tuple[nn.Module, Callable, Callable]] = []  # layers, what they had, what they were given
 
     def other(self, layer: nn.Module, func: Callable) -> Callable | None:
         """What is to checkpoint a layer in place of `func`; None leaves it."""
@@ -95,13 +95,14 @@ class Exchange:
     @torch.compiler.disable
     def enter(self, module: nn.Module, args: tuple) -> None:
         """Exchange what checkpoints the layers."""
+        self.remove()  # after Ctrl-C no hook has been called
         if self.state.batch is None:
             return
         for layer in part_of(module, self.family, "layers"):
             if checkpoints(layer) and not is_reentrant(layer):
                 func = layer._gradient_checkpointing_func
                 if (other := self.other(layer, func)) is not None:
-                    self.before.append((layer, func))
+                    self.exchanged.append((layer, func, other))
                     layer._gradient_checkpointing_func = other
 
     @torch.compiler.disable
@@ -110,10 +111,11 @@ class Exchange:
         self.remove()
 
     def remove(self) -> None:
-        """Give the layers back what checkpoints them."""
-        while self.before:
-            layer, func = self.before.pop()
-            layer._gradient_checkpointing_func = func
+        """Give the layers back what checkpoints them, unless they have been given something else since."""
+        while self.exchanged:
+            layer, func, other = self.exchanged.pop()
+            if getattr(layer, "_gradient_checkpointing_func", None) is other:
+                layer._gradient_checkpointing_func = func
 
 
 class KeepAttention(Exchange):
