@@ -181,6 +181,21 @@ def test_a_second_forward_before_the_backward_of_the_first_is_launched(run, doub
     assert_close(gradients_of(run, losses[1]), want[1])
 
 
+@pytest.mark.parametrize("checkpointing", [None, CHECKPOINTED], ids=["kept", "checkpointed"])
+def test_a_forward_between_those_of_a_batch_that_is_recorded_leaves_its_gradients(doubles, monkeypatch, checkpointing):
+    def gradients():
+        run = loop(without_recomputation(GRAPHS.replace(start_step=0)), 100, checkpointing=checkpointing)
+        one, other = batches(2)
+        run.step(one)
+        losses = [run.forward(batch) for batch in (one, other)]  # the first is recorded
+        return [grad for loss in losses for grad in gradients_of(run, loss)]
+
+    got = gradients()
+    assert len(doubles) == 6
+    monkeypatch.setattr(series_module.Graphs, "take", lambda self, batch, form: None)
+    assert_close(got, gradients())
+
+
 def test_a_forward_without_backward_is_let_go(run, doubles):
     batch = batches(1)[0]
     want = gradients_of(run, run.forward(batch))

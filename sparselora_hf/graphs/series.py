@@ -255,12 +255,12 @@ class Graphs:
 
     def _record(self, take: Take, call: Call, number: int, state: Any) -> LayerGraph:
         call.check()
-        series = take.series
+        series, batch = take.series, take.series.batch  # which a series forgets where another forward comes between
         inputs = [self._input(series, tensor) for tensor in call.tensors]
 
         def run(hidden: torch.Tensor) -> torch.Tensor:
-            with _in_hand(state, series.batch):
-                return call.on(hidden, [place.static for place in inputs], series.batch)
+            with _in_hand(state, batch):
+                return call.on(hidden, [place.static for place in inputs], batch)
 
         graph = LayerGraph(call.layer, call.form, inputs, run, self._place, call.is_checkpointed)
         with _told("forward"):
