@@ -24,8 +24,8 @@ def batches(n: int, forms: int = 1) -> list:
     return [make_batch(*shapes[step % forms], seed=step) for step in range(n)]
 
 
-def nf4_model(kind: str = "nf4-double"):
-    """A base of four layers, quantised."""
+def quantised_model(kind: str):
+    """A base of four layers in bitsandbytes' format."""
     from quantised import quantise
 
     return quantise(tiny_model(layers=4), kind, torch.bfloat16)

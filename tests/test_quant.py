@@ -87,6 +87,15 @@ def test_4bit(kind, nested, dtype, index):
 
 
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "double"])
+def test_bitsandbytes_is_not_asked_for_nothing(monkeypatch, nested):
+    """Its CUDA code ends the process then."""
+    weight = frozen_weight(linear_4bit(out=24, inp=64, nested=nested).to("cpu"))
+    monkeypatch.setattr(bnb.functional, "dequantize_4bit", None)
+    got = read_rows(weight, torch.tensor([], dtype=torch.long), torch.bfloat16)
+    assert (got.shape, got.dtype) == ((0, 64), torch.bfloat16)
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["plain", "double"])
 @pytest.mark.parametrize("inp", [64, 96, 128, 256, 50], ids=lambda inp: f"in{inp}")
 @pytest.mark.parametrize("blocksize", [32, 64, 256])
 def test_blocks_that_fit_rows_and_that_do_not(blocksize, inp, nested):

@@ -101,6 +101,6 @@ protocol wizard 2
 bench step-1b 40 step $these $small $turns --csv "$out/step-$device.csv" "${shape[@]}"
 # a base of 4 bits, checkpointed
 protocol math 8
-bench step-qlora 90 step $these $large $turns --csv "$out/step-qlora-$device.csv" "${shape[@]}" --quantization nf4 \
+bench step-qlora 90 step --variants sft sparse $large $turns --csv "$out/step-qlora-$device.csv" "${shape[@]}" --quantization nf4 \
   --checkpointing
 echo "== done in $SECONDS s; results in $out"

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from torch.nn.modules import module as hooks_of_all
 
-from ..ops.quant import is_4bit
 from .recording import has_waited
 
 __all__ = ["Call", "NotNowError", "Standing", "UnfitError", "form_of_batch"]
@@ -185,11 +184,9 @@ def _check_layer(layer: nn.Module) -> None:
         adapters = getattr(module, "lora_A", None)
         if adapters is not None and (not isinstance(adapters, nn.ModuleDict) or module.lora_variant):
             raise UnfitError(f"{name} has an adapter that is no plain LoRA")
-    packed = {id(module.weight) for module in layer.modules() if is_4bit(module)}
     for name, parameter in layer.named_parameters():
-        is_plain = type(parameter) is nn.Parameter and parameter.is_contiguous() and parameter.is_floating_point()
-        if not is_plain and id(parameter) not in packed:
-            raise UnfitError(f"{name} is quantised in another way than bitsandbytes' 4 bits, or spread over processes")
+        if type(parameter) is not nn.Parameter or not parameter.is_contiguous() or not parameter.is_floating_point():
+            raise UnfitError(f"{name} is quantised, or spread over processes")
 
 
 def _is_ours(hook: Callable) -> bool:

@@ -24,7 +24,6 @@ __all__ = [
     "Weight4bit",
     "Weight8bit",
     "frozen_weight",
-    "is_4bit",
     "is_repacked",
     "is_stored_packed",
     "read_columns",
@@ -155,6 +154,8 @@ class Weight4bit(QuantisedWeight):
     ) -> torch.Tensor:
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
+        if not packed.numel():  # of which bitsandbytes' CUDA code makes an error that ends the process
+            return scales.new_empty(shape, dtype=dtype)
         state = self.state
         plain = QuantState(scales.view(-1), torch.Size(shape), state.code, state.blocksize, state.quant_type, dtype)
         return dequantize_4bit(packed.view(-1, 1), plain)  # a single row would come back transposed
@@ -318,11 +319,6 @@ def why_unreadable(linear: nn.Module) -> str:
     if not weight.is_floating_point() or weight.dtype.itemsize == 1:  # as compressed-tensors keeps them
         return f"a linear with a weight in {str(weight.dtype).removeprefix('torch.')}: {hint}"
     return ""
-
-
-def is_4bit(linear: nn.Module) -> bool:
-    """Whether the weight of a linear is a 4-bit one of bitsandbytes."""
-    return _kind(linear) is Weight4bit
 
 
 def is_stored_packed(linear: nn.Module) -> bool:

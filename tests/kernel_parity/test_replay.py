@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from looping import CHECKPOINTED, GRAPHS, SETTINGS, batches, loop, nf4_model, train
+from looping import CHECKPOINTED, GRAPHS, SETTINGS, batches, loop, train
 from torch import nn
 
 from sparselora_hf.graphs.recording import Recording
@@ -54,15 +54,6 @@ def test_checkpointed_steps_train_as_launched_ones(launched, replays, settings):
     assert not replays
     assert_equal(want, train(config, steps, device="cuda", **options))
     assert len(replays) >= 6 * 5
-
-
-@pytest.mark.parametrize("checkpointing", [None, CHECKPOINTED], ids=["kept", "checkpointed"])
-def test_4_bits_train_as_launched_ones(launched, replays, checkpointing):
-    options = {"autocast": True, "checkpointing": checkpointing, "base": nf4_model}
-    want = launched(GRAPHS, batches(8), **options)
-    assert not replays
-    assert_equal(want, train(GRAPHS, batches(8), device="cuda", **options))
-    assert len(replays) >= 6 * 4
 
 
 @pytest.mark.parametrize("gather", [2, 3])
