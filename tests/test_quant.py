@@ -88,7 +88,7 @@ def test_4bit(kind, nested, dtype, index):
 
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "double"])
 def test_bitsandbytes_is_not_asked_for_nothing(monkeypatch, nested):
-    """Its CUDA code ends the process then."""
+    """A launch of no blocks is an error to CUDA, with which it ends the process."""
     weight = frozen_weight(linear_4bit(out=24, inp=64, nested=nested).to("cpu"))
     monkeypatch.setattr(bnb.functional, "dequantize_4bit", None)
     got = read_rows(weight, torch.tensor([], dtype=torch.long), torch.bfloat16)

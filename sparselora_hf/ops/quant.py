@@ -154,7 +154,7 @@ class Weight4bit(QuantisedWeight):
     ) -> torch.Tensor:
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
-        if not packed.numel():  # of which bitsandbytes' CUDA code makes an error that ends the process
+        if not packed.numel():  # a launch of no blocks is an error to CUDA, with which bitsandbytes ends the process
             return scales.new_empty(shape, dtype=dtype)
         state = self.state
         plain = QuantState(scales.view(-1), torch.Size(shape), state.code, state.blocksize, state.quant_type, dtype)
