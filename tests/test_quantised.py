@@ -169,9 +169,10 @@ def test_checkpointing_and_preparation_for_kbit_training(kind, reentrant, batch)
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
 @pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_types(compute, autocast, batch):
+def test_types(compute, autocast, batch, choose_again):
     """Gradients are near those of float32, and the residual stream keeps the type it has in the dense model."""
     want = sparse_result(pair("nf4-double", ALL)[1], batch, SPARSE)
+    choose_again()
     model = add_lora(quantise(tiny_model(), "nf4-double", compute), ALL).train()
     seen = {}
     for number, layer in enumerate(model.base_model.model.model.layers):

@@ -9,7 +9,7 @@ from torch import nn
 from torch.autograd import gradcheck
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
-from zoo import CONFIGS, zoo_lora
+from zoo import VARIED, zoo_lora
 
 from sparselora_hf import SparseLoraConfig, sparsify
 from sparselora_hf.modules.classes import Patched, link_of
@@ -76,7 +76,7 @@ def test_nothing_but_the_input_and_the_weight_itself_is_kept_for_backward(norm_a
     assert {tensor.data_ptr() for tensor in kept} == {x.data_ptr(), norm.weight.data_ptr()}
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", VARIED)
 def test_every_family_trains_as_before(name):
     model, batch = zoo_lora(name), make_batch()
     want = loss_and_gradients(model, batch)

@@ -9,7 +9,7 @@ import torch
 from helpers import SPARSE, add_lora, assert_same, assert_untouched, loss_and_gradients, make_batch, snapshot
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from zoo import CONFIGS, lora_targets, zoo_lora, zoo_model
+from zoo import VARIED, lora_targets, zoo_lora, zoo_model
 
 from sparselora_hf import FAMILIES, selfcheck, sparsify
 
@@ -126,7 +126,7 @@ def test_check_sees_adapters_that_matter(batch):
 
 
 @pytest.mark.parametrize("part", ["attention", "all"])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", VARIED)
 def test_few_channels_of_any_family_are_those_of_its_dense_self(monkeypatch, name, part):
     """With and without adapters on the MLP; all others stay out of the comparison."""
     monkeypatch.setattr(selfcheck, "_CHANNELS", 5)
